@@ -1,0 +1,188 @@
+"""The shapes benchmark: how well a model follows prompts, measured exactly on drawn scenes.
+
+GenEval's six tags and decision logic over held-out combinations, four images for each prompt. Images come
+from `sana.generation`; any folder of them, or one in GenEval's layout, can be scored again without the model.
+See asset/docs/shapes_benchmark.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sana.metrics.geneval import (
+    KEY_IMAGES,
+    KEY_OVERALL,
+    KEY_PROMPTS,
+    KEY_TAGS,
+    TAGS,
+    GenEvalOptions,
+    GenEvalPrompt,
+    find_samples,
+    score_image,
+    summarise,
+)
+from sana.metrics.report import Report, make_report
+from sana.shapes.benchmark import IMAGES_PER_PROMPT
+from sana.shapes.detector import MIN_SCORE, classify_colours, detect
+from sana.utils import hub
+from sana.utils.manifest import Manifest
+
+if TYPE_CHECKING:
+    from sana.generation import Settings
+    from sana.pipeline import SanaPipeline
+
+PROTOCOL = "shapes benchmark 1: GenEval's decision logic, held-out prompts, exact detector"
+OPTIONS = GenEvalOptions(threshold=MIN_SCORE, counting_threshold=MIN_SCORE)
+"""The detector reports no duplicates, so that counting needs no threshold of its own."""
+
+Samples = list[tuple[Path, GenEvalPrompt]]
+
+
+def subset(prompts: Sequence[GenEvalPrompt], limit: int | None) -> dict[int, GenEvalPrompt]:
+    """Index -> prompt of `limit` prompts of each tag, spread evenly over its list; of all when None."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit for each tag must be at least 1, got {limit}")
+    chosen = []
+    for tag in dict.fromkeys(prompt.tag for prompt in prompts):
+        places = [index for index, prompt in enumerate(prompts) if prompt.tag == tag]
+        number = min(limit or len(places), len(places))
+        chosen += [places[i * len(places) // number] for i in range(number)]
+    return {index: prompts[index] for index in sorted(chosen)}
+
+
+def draw(
+    pipeline: SanaPipeline,
+    prompts: Mapping[int, GenEvalPrompt],
+    folder: str | Path,
+    settings: Settings,
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> None:
+    """Draw IMAGES_PER_PROMPT images of each prompt into `folder`; what is there already is kept.
+
+    Args:
+        prompts: index in the prompt file -> prompt; the index decides the noise.
+    """
+    from sana.generation import Prompt, generate  # lazy: scoring a folder needs no torch
+
+    tasks = [Prompt(index=index, text=prompt.prompt) for index, prompt in prompts.items()]
+    generate(
+        pipeline,
+        tasks,
+        folder,
+        settings,
+        batch_size=batch_size,
+        num_images_per_prompt=IMAGES_PER_PROMPT,
+        progress=progress,
+    )
+
+
+def find_images(folder: str | Path, prompts: Mapping[int, GenEvalPrompt]) -> Samples:
+    """(file, prompt) of every image of `prompts` in a folder of `sana.generation` or in GenEval's layout.
+
+    Raises:
+        ValueError: a prompt without images, unequal numbers of images, or an image of another prompt.
+    """
+    folder = Path(folder)
+    rows = Manifest(folder).rows().values()
+    samples: Samples = []
+    for row in sorted(rows, key=lambda row: (row["index"], row["sample"])):
+        prompt = prompts.get(row["index"])
+        if prompt is not None:
+            if prompt.prompt != row["prompt"]:
+                file, expected = folder / row["file"], prompt.prompt
+                raise ValueError(f"{file} shows {row['prompt']!r}; prompt {row['index']} is {expected!r}")
+            samples.append((folder / row["file"], prompt))
+    if not rows:
+        wanted = set(prompts.values())
+        samples = [(path, prompt) for path, prompt in find_samples(folder) if prompt in wanted]
+
+    number = Counter(prompt for _, prompt in samples)
+    if missing := [prompt.prompt for prompt in prompts.values() if prompt not in number]:
+        raise ValueError(
+            f"{folder} has no image of {len(missing)} of {len(prompts)} prompts, such as {missing[0]!r}"
+        )
+    if len(set(number.values())) > 1:
+        raise ValueError(
+            f"{folder} has from {min(number.values())} to {max(number.values())} images a prompt"
+        )
+    return samples
+
+
+def score(samples: Iterable[tuple[Path, GenEvalPrompt]]) -> list[dict[str, Any]]:
+    """The record of every image (`geneval.score_image`); ValueError for a file that is no image."""
+    return [
+        score_image(
+            prompt,
+            read_image(path),
+            filename=str(path),
+            detector=detect,
+            classify_colours=classify_colours,
+            options=OPTIONS,
+        )
+        for path, prompt in samples
+    ]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """The picture upright, (H, W, 3) uint8."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def weight_hashes(pipeline: SanaPipeline) -> dict[str, str]:
+    """sha256 of the weights of each network that came from a file."""
+    config = pipeline.config
+    parts = {"autoencoder": config.vae.vae_pretrained, "text_encoder": config.text_encoder.text_encoder_name}
+    hashes = {name: hub.sha256(hub.resolve_model(path)) for name, path in parts.items()}
+    return ({"transformer": pipeline.weights_sha256} if pipeline.weights_sha256 else {}) | hashes
+
+
+def report(
+    records: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    weights: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Report:
+    """The report of scored images; how they were made is read from the folder's manifest, if it has one."""
+    rows = list(Manifest(folder).rows().values())
+    made = dict(rows[0]["settings"]) if rows else {}
+    transformer, dtype = made.pop("weights_sha256", None), made.pop("dtype", None)
+    prompts = {record["metadata"] for record in records}
+    return make_report(
+        metric="GenEval (shapes)",
+        values=summarise(records),
+        n=len(records),
+        protocol=PROTOCOL,
+        settings={
+            "prompts": len(prompts),
+            "images_per_prompt": len(records) // len(prompts),
+            "options": asdict(OPTIONS),
+            "generation": made,
+            **(extra or {}),
+        },
+        weights=weights or ({"transformer": transformer} if transformer else {}),
+        dtype=dtype,
+    )
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each tag with its score and number of images, then the totals."""
+    scores, number = summarise(records), Counter(record["tag"] for record in records)
+    lines = [f"{'tag':<16}{'score':>7}{'images':>8}"]
+    lines += [f"{tag:<16}{scores[KEY_TAGS][tag]:>7.3f}{number[tag]:>8}" for tag in TAGS]
+    lines.append(f"{KEY_OVERALL:<16}{scores[KEY_OVERALL]:>7.3f}{len(records):>8}")
+    lines.append(f"correct images {scores[KEY_IMAGES]:.1%}, correct prompts {scores[KEY_PROMPTS]:.1%}")
+    return "\n".join(lines)

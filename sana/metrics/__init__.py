@@ -1,0 +1,1 @@
+"""Metrics as arithmetic over features or detections, and the one report format of published numbers."""

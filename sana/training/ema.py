@@ -1,0 +1,40 @@
+"""An exponential moving average of weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """ema = rate * ema + (1 - rate) * weights, in float32; `model` is the averaged copy, in eval mode.
+
+    For the first steps the rate is capped at (1 + n) / (10 + n), so that the average forgets the initial weights.
+    """
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        if not 0 <= rate < 1:
+            raise ValueError(f"the EMA rate must lie in [0, 1), got {rate}")
+        self.rate, self.updates = rate, 0
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights of `model`."""
+        rate = min(self.rate, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - rate)
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """The averaged weights under the model's own names, and the number of updates under "updates"."""
+        return {**self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        """Restore what `state_dict` gave."""
+        state = dict(state)
+        self.updates = int(state.pop("updates"))
+        self.model.load_state_dict(state)

@@ -1,0 +1,171 @@
+"""Train the small text encoder of Sana-tiny: a tokenizer and a Gemma-2 language model of the captions.
+
+The model learns to continue "instruction + caption" with the full description of the scene, as the instruction of the
+large models asks for an enhanced prompt. To foretell the description it must gather, in the caption's hidden states, which
+attribute belongs to which object; those states then condition the transformer, and the model stays frozen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from sana.shapes.captions import caption, describe
+from sana.shapes.splits import training_scene
+from sana.utils.logging import get_logger
+from sana.utils.seeding import derive_seed
+
+log = get_logger(__name__)
+
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # in Gemma's order
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,▁\n"
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-fallback BPE tokenizer in Gemma's manner: a space belongs to the word after it; BOS comes first.
+
+    Every string has tokens: what the merges do not know falls back to letters, and those to bytes. Text is lower-cased.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Lowercase()
+    words = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Punctuation("isolated")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=list(ALPHABET),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][
+        : len(SPECIAL)
+    ]  # the bytes are ordinary tokens, only reserved as special
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    bos = tokenizer.token_to_id("<bos>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    names = {f"{token[1:-1]}_token": token for token in SPECIAL}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", **names)
+
+
+def build_language_model(
+    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 4, heads: int = 4
+) -> Gemma2ForCausalLM:
+    """A randomly initialised Gemma-2 of about one million parameters."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden_size // heads,
+        query_pre_attn_scalar=hidden_size // heads,
+        max_position_embeddings=512,
+        sliding_window=512,
+        attn_logit_softcapping=None,  # only needed at scale, and it would rule out fused attention
+        final_logit_softcapping=None,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Gemma2ForCausalLM(config)
+
+
+def training_text(index: int, chi: str) -> tuple[str, str]:
+    """Text number `index` as (what is given, what follows it): mostly instruction + caption, then the description.
+
+    One in eight is a bare caption with nothing to follow, as negative prompts come without the instruction.
+    """
+    rng = random.Random(derive_seed("language model", index))
+    scene = training_scene(rng.randrange(10**9))
+    prompt = caption(scene, rng)
+    if rng.random() < 1 / 8:
+        return "", prompt
+    return chi + prompt, "\n" + describe(scene)
+
+
+def train_language_model(
+    model: Gemma2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    chi: str,
+    *,
+    steps: int,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    seed: int = 0,
+    log_every: int = 100,
+) -> list[float]:
+    """Next-token prediction on everything but the instruction; linear warm-up, then a cosine to zero. Returns the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+    warmup = min(100, steps)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup)),
+        ],
+        milestones=[warmup],
+    )
+    instruction = len(tokenizer.encode(chi)) - 1  # its trailing space merges with the caption's first word
+    losses: list[float] = []
+    began = time.perf_counter()
+    model.train()
+    for step in range(steps):
+        first = (seed * steps + step) * batch_size
+        tokens, labels = _batch(
+            tokenizer, [training_text(first + i, chi) for i in range(batch_size)], instruction
+        )
+        tokens, labels = tokens.to(model.device), labels.to(model.device)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            loss = model(
+                input_ids=tokens, attention_mask=(tokens != tokenizer.pad_token_id).long(), labels=labels
+            ).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % log_every == 0:
+            recent = losses[-log_every:]
+            rate = (step + 1) * batch_size / (time.perf_counter() - began)
+            log.info(
+                "step %d / %d  loss %.4f  %.0f texts/s", step + 1, steps, sum(recent) / len(recent), rate
+            )
+    return losses
+
+
+def _batch(
+    tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str]], instruction: int
+) -> tuple[Tensor, Tensor]:
+    """(ids, labels), each (B, L); labels are -100 on padding and on the first `instruction` tokens where there is one."""
+    rows = [tokenizer.encode(given + follows) + [tokenizer.eos_token_id] for given, follows in texts]
+    ids = torch.tensor(list(itertools.zip_longest(*rows, fillvalue=tokenizer.pad_token_id))).T.contiguous()
+    labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+    for label, (given, _) in zip(labels, texts, strict=True):
+        if given:
+            label[:instruction] = -100
+    return ids, labels
+
+
+def save(
+    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write a transformers folder with weights as `dtype`."""
+    model.eval().to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

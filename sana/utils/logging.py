@@ -1,0 +1,28 @@
+"""Log lines on stderr, so that stdout holds only results."""
+
+import logging
+
+from sana.utils import distributed
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module (`get_logger(__name__)`), below the package's logger "sana"."""
+    return logging.getLogger(name if name == "sana" or name.startswith("sana.") else f"sana.{name}")
+
+
+def configure(level: str = "INFO") -> None:
+    """Show the package's log lines of at least `level` on stderr; entry points call it once, libraries never.
+
+    Processes other than the main one show warnings and errors only, marked with their rank.
+    """
+    logger = logging.getLogger("sana")
+    if not logger.handlers:
+        prefix = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        )
+        logger.addHandler(handler)
+    logger.setLevel(
+        level if distributed.is_main() else max(logging.WARNING, logging.getLevelNamesMapping()[level])
+    )

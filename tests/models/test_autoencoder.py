@@ -1,0 +1,85 @@
+"""The autoencoder's face: scale, sizes, folders; the arithmetic itself is diffusers'."""
+
+import pytest
+import torch
+
+from sana.models.autoencoder import Autoencoder, AutoencoderConfig
+from tests.factories import make_autoencoder
+
+
+def test_scale_is_the_config_s_and_applied_both_ways():
+    model = make_autoencoder()
+    autoencoder = Autoencoder(model)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = autoencoder.encode(images)
+        assert latents.shape == (2, 32, 2, 3)
+        raw = model.encode(images).latent
+        assert torch.equal(latents, raw * 0.5) and raw.std() > 0.01
+        assert torch.equal(autoencoder.decode(latents), model.decode(raw).sample)
+
+
+def test_published_layout_has_the_published_size():
+    """DC-AE 1.0 and 1.1: 312,250,275 parameters."""
+    stages = dict(
+        encoder_block_out_channels=(128, 256, 512, 512, 1024, 1024),
+        decoder_block_out_channels=(128, 256, 512, 512, 1024, 1024),
+        encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
+        decoder_layers_per_block=(3,) * 6,
+        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+        downsample_block_type="Conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+    with torch.device("meta"):
+        autoencoder = Autoencoder.from_config(AutoencoderConfig(**stages))
+    assert sum(p.numel() for p in autoencoder.parameters()) == 312_250_275
+    assert (autoencoder.downsample, autoencoder.latent_channels, autoencoder.scaling_factor) == (
+        32,
+        32,
+        0.41407,
+    )
+
+
+def test_tiny_is_small():
+    with torch.device("meta"):
+        autoencoder = Autoencoder.from_config(AutoencoderConfig())
+    assert 4.0e6 < sum(p.numel() for p in autoencoder.parameters()) < 4.3e6
+    assert autoencoder.downsample == 32
+
+
+@pytest.mark.parametrize("size", [(64, 48), (33, 64)])
+def test_sides_that_are_no_multiple_are_named(size):
+    with pytest.raises(ValueError, match=f"multiples of 32, got {size[0]} x {size[1]}"):
+        Autoencoder(make_autoencoder()).encode(torch.zeros(1, 3, *size))
+
+
+def test_folder_round_trip_in_half_precision(tmp_path):
+    autoencoder = Autoencoder(make_autoencoder())
+    autoencoder.save_pretrained(tmp_path / "ae", torch.float16)
+    loaded = Autoencoder.from_pretrained(tmp_path / "ae")
+    assert loaded.dtype == torch.float32 and loaded.scaling_factor == 0.5
+    assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
+    for (name, before), after in zip(
+        autoencoder.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
+        assert torch.equal(before.half().float(), after), name
+
+
+def test_nothing_there_is_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        Autoencoder.from_pretrained(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot load an AutoencoderDC from"):
+        Autoencoder.from_pretrained(tmp_path / "empty")
+
+
+def test_truncated_weights_are_one_clear_error(tmp_path):
+    Autoencoder(make_autoencoder()).save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot load an AutoencoderDC from"):
+        Autoencoder.from_pretrained(tmp_path)

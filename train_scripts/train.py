@@ -1,0 +1,43 @@
+"""Train a Sana transformer from a YAML config.
+
+    python train_scripts/train.py --config_path=configs/sana_config/tiny/Sana_tiny_img256.yaml --work_dir=output/run
+    torchrun --nproc_per_node=8 train_scripts/train.py --config_path=... --train.train_batch_size=16
+
+Every config key can be overridden as --section.key=value (lists as "[a,b]"). `train.sh` is the usual way to start it.
+"""
+
+from sana.utils.cli import Parser
+
+
+def build_parser() -> Parser:
+    """The command line, but for the config's keys."""
+    parser = Parser(description=__doc__, epilog="plus --KEY=VALUE for any key of the config")
+    parser.add_argument("--config_path", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--resume_from", help='a training checkpoint, or "latest" of the work_dir, if there is one'
+    )
+    return parser
+
+
+def run(config_path: str, resume_from: str | None, overrides: list[str]) -> None:
+    """Load the config, train."""
+    from sana.config import load_config
+    from sana.utils import logging
+
+    logging.configure()
+    config = load_config(config_path, overrides)
+
+    from sana.training.trainer import Trainer  # after the config's errors: it imports torch
+
+    Trainer(config, resume_from).train()
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = build_parser()
+    args, overrides = parser.parse_known_args()
+    parser.run(run, args.config_path, args.resume_from, overrides)
+
+
+if __name__ == "__main__":
+    main()
