@@ -65,7 +65,9 @@ stamp="$(version "$python") $PWD $extras $(cat pyproject.toml constraints.txt | 
 if [[ "$(cat "$prefix/$stamp_name" 2>/dev/null)" != "$stamp" ]]; then
     say "installing sana[$extras] in $prefix; the first time this downloads several GB"
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --default-pip >&2
-    "$python" -m pip install --progress-bar off --editable ".[$extras]" --constraint constraints.txt >&2
+    quiet=()
+    [[ -t 2 ]] || quiet=(--quiet) # a log needs no progress bars and no list of what is there already
+    "$python" -m pip install "${quiet[@]}" --editable ".[$extras]" --constraint constraints.txt >&2
     echo "$stamp" >"$prefix/$stamp_name"
     say "done"
 fi

@@ -18,6 +18,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
@@ -364,6 +365,5 @@ def _batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
 
 
 def _versions() -> dict[str, str]:
-    return {"sana": sana.__version__} | {
-        name: version(name) for name in ("torch", "diffusers", "transformers")
-    }
+    ours = {"sana": sana.__version__, "torch": torch.__version__}
+    return ours | {name: version(name) for name in ("diffusers", "transformers")}

@@ -725,7 +725,7 @@ def test_transformer_overrides(write):
     config = load_config(
         write(
             "model: {model: SanaMS_1600M_P2_D20, image_size: 2048, use_pe: true, pe_interpolation: 2., qk_norm: true,"
-            " cross_norm: true, class_dropout_prob: 0.2, fp32_attention: false, mlp_ratio: 3, linear_head_dim: 16}\n"
+            " cross_norm: false, class_dropout_prob: 0.2, fp32_attention: false, mlp_ratio: 3, linear_head_dim: 16}\n"
             "vae: {vae_latent_dim: 16}\ntrain: {grad_checkpointing: true}\n"
             "text_encoder: {caption_channels: 1536, model_max_length: 100, y_norm: false, y_norm_scale_factor: 0.5}"
         )
@@ -738,7 +738,7 @@ def test_transformer_overrides(write):
         "caption_channels": 1536,
         "model_max_length": 100,
         "qk_norm": True,
-        "cross_norm": True,
+        "cross_norm": False,
         "use_pe": True,
         "pe_interpolation": 2.0,
         "pe_base_size": 32,

@@ -89,7 +89,7 @@ def _file_layers(path: Path) -> list[tuple[Path, Tree]]:
     layers: list[tuple[Path, Tree]] = []
     seen: list[Path] = []
     while True:
-        if False:
+        if path.resolve() in seen:
             chain = " -> ".join(str(source) for source in [*(source for source, _ in reversed(layers)), path])
             raise ConfigError(f"{path}: base: files name each other in a circle: {chain}")
         seen.append(path.resolve())

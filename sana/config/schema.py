@@ -92,7 +92,8 @@ class ModelConfig:
     image_size: int = 512
     """Nominal side of the images, pixels; a multiple of `vae.vae_downsample_rate`."""
     aspect_ratio_type: Optional[str] = None
-    """Bucket table, a name in `sana.resolution.TABLES`. Empty: `ASPECT_RATIO_<image_size>` where that exists."""
+    """Bucket table, a name in `sana.resolution.TABLES`. Empty: `ASPECT_RATIO_<image_size>` where that exists. A table of
+    another size gives a warning."""
     multi_scale: bool = True
     """Train on the bucket sizes of the table, each batch of one ratio; false: squares of `image_size` only."""
     mixed_precision: str = "fp16"

@@ -275,6 +275,7 @@ def _accelerator(config: SanaConfig) -> Accelerator:
         precision = "bf16"
     try:
         return Accelerator(
+            cpu=not torch.cuda.is_available(),  # else processes without a GPU would not join each other
             mixed_precision=precision,
             gradient_accumulation_steps=config.train.gradient_accumulation_steps,
             step_scheduler_with_optimizer=False,

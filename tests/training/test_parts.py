@@ -1,0 +1,118 @@
+"""Training of the autoencoder and of the text encoder: each learns, stops and goes on, and leaves what can be loaded."""
+
+import pytest
+import torch
+
+from sana.data.shapes import ShapesDataset
+from sana.models.autoencoder import Autoencoder
+from sana.models.text_encoder import TextEncoder
+from sana.training import text_encoder
+from sana.training.autoencoder import AutoencoderTrainer, AutoencoderTraining
+from tests.factories import make_autoencoder
+
+CHI = "Describe the scene. Prompt: "
+PICTURES = torch.stack([ShapesDataset(64, 8).image(i) for i in range(8)])
+
+
+def autoencoder_trainer(work_dir, steps, save_every=10):
+    torch.manual_seed(0)
+    settings = AutoencoderTraining(steps=steps, lr=3e-3, warmup=2, ema_rate=0.9, save_every=save_every)
+    return AutoencoderTrainer(Autoencoder(make_autoencoder()), settings, lambda step: PICTURES, work_dir)
+
+
+def test_autoencoder_learns_and_leaves_unit_latents(tmp_path):
+    trainer = autoencoder_trainer(tmp_path, steps=30)
+    before = trainer.reconstruction_psnr(PICTURES)
+    after = trainer.train(PICTURES)
+    assert after > before + 5, (before, after)
+    loaded = Autoencoder.from_pretrained(tmp_path / "autoencoder")
+    with torch.no_grad():
+        latents = loaded.encode(PICTURES)
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+    assert loaded.scaling_factor != 0.5  # the random one's
+    assert next(iter(loaded.parameters())).dtype == torch.float32
+
+
+def test_psnr_is_that_of_its_definition(tmp_path):
+    trainer = autoencoder_trainer(tmp_path, steps=1)
+    trainer.ema.model.encode, trainer.ema.model.decode = (lambda x: x), (lambda x: x + 0.02)
+    images = torch.zeros(3, 3, 32, 32)
+    assert trainer.reconstruction_psnr(images) == pytest.approx(40.0)  # 20 log10(2 / 0.02)
+
+
+def test_autoencoder_goes_on_bit_for_bit(tmp_path):
+    autoencoder_trainer(tmp_path / "whole", steps=6).train(PICTURES)
+    stopped = autoencoder_trainer(tmp_path / "parts", steps=6)
+    for step in range(3):
+        stopped.train_step(PICTURES)
+        assert stopped.step == step + 1
+    stopped.save()
+    resumed = autoencoder_trainer(tmp_path / "parts", steps=6)
+    assert resumed.resume() and resumed.step == 3
+    resumed.train(PICTURES)
+    whole, parts = (
+        Autoencoder.from_pretrained(tmp_path / name / "autoencoder") for name in ("whole", "parts")
+    )
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert whole.scaling_factor == parts.scaling_factor
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    trainer = autoencoder_trainer(tmp_path, steps=2)
+    before = {name: value.clone() for name, value in trainer.autoencoder.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="gradient norm nan at step 0"):
+        trainer.train_step(PICTURES * float("nan"))
+    assert all(torch.equal(value, before[name]) for name, value in trainer.autoencoder.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return text_encoder.train_tokenizer(
+        ["".join(text_encoder.training_text(i, CHI)) for i in range(500)], vocabulary=500
+    )
+
+
+def test_tokenizer_treats_spaces_as_gemma_does(tokenizer):
+    def tokens(text):
+        return tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+
+    assert tokens(" red circle") == ["<bos>", "▁red", "▁circle"]
+    assert tokens(CHI)[-1] == "▁" and tokens(CHI + "red")[-1] == "▁red"  # what the window's "- 2" rests on
+    assert len(tokens(CHI + "red")) == len(tokens(CHI))
+    assert tokens("A Red CIRCLE") == tokens("a red circle")
+
+
+@pytest.mark.parametrize("text", ["a red circle, 3 stars.", "été 😀 漢字", "<0x41> <eos>x", "", "\n\t "])
+def test_every_string_has_tokens_and_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in ids
+    if "<" not in text:
+        assert tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False) == text.lower()
+
+
+def test_words_of_the_language_are_single_tokens(tokenizer):
+    for word in ("red", "circle", "stars", "background", "left"):
+        assert len(tokenizer.encode(" " + word)) == 2, word
+
+
+def test_language_model_learns_and_loads_as_a_text_encoder(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = text_encoder.build_language_model(tokenizer, hidden_size=32, layers=1, heads=2)
+    losses = text_encoder.train_language_model(model, tokenizer, CHI, steps=40, batch_size=8, lr=1e-2)
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    text_encoder.save(model, tokenizer, tmp_path, torch.float16)
+    encoder = TextEncoder.from_pretrained(tmp_path, max_length=16, chi_prompt=[CHI], dtype=torch.float32)
+    features = encoder.encode(["a red circle", "two stars"])
+    assert features.embeds.shape == (2, 16, 32)
+    assert features.mask.sum(dim=1).tolist() == [4, 3]  # BOS and the words
+
+
+def test_instruction_is_not_learnt(tokenizer):
+    """Labels begin where the prompt does; a bare caption has labels throughout."""
+    length = len(tokenizer.encode(CHI)) - 1
+    ids, labels = text_encoder._batch(tokenizer, [(CHI + "red star", "\nred"), ("", " red")], length)
+    assert (labels[0, :length] == -100).all() and labels[0, length] == ids[0, length]
+    assert tokenizer.convert_ids_to_tokens(ids[0, length].item()) == "▁red"
+    assert labels[1, :3].tolist() == [tokenizer.bos_token_id, *ids[1, 1:3].tolist()]
+    assert (labels[1, 3:] == -100).all()
