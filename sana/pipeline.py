@@ -168,10 +168,7 @@ class SanaPipeline:
     @property
     def flow_shift(self) -> float:
         """Shift of the time grid: `scheduler.inference_flow_shift`, else that of training."""
-        scheduler = self.config.scheduler
-        return (
-            scheduler.flow_shift if scheduler.inference_flow_shift is None else scheduler.inference_flow_shift
-        )
+        return self.config.scheduler.sampling_shift
 
     @torch.no_grad()
     def __call__(  # noqa: PLR0913 the published signature

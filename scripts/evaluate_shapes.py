@@ -6,66 +6,89 @@ Draws four images for each of its 260 held-out prompts and scores them; the embe
     python scripts/evaluate_shapes.py --images FOLDER        # score images that are there already
 
 The table goes to stderr, the JSON report to stdout or --output. A second run goes on where the first stopped.
-`torchrun` divides the drawing among processes.
+`torchrun` divides the drawing among processes. Words like --model.mixed_precision=bf16 override the config.
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from sana.shapes.benchmark import PROMPTS_FILE
+from sana.utils.cli import Parser, at_least
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; nothing heavy is imported before it is found valid."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--images", type=Path, help="score this folder: drawn by this repository, or in GenEval's layout"
-    )
-    parser.add_argument("--prompts", default=PROMPTS_FILE, help="JSONL file with one GenEval record a line")
-    parser.add_argument("--limit", type=int, help="only so many prompts of each tag, spread over its list")
-    parser.add_argument("--output", type=Path, help="JSON report; stdout when left out")
-    parser.add_argument(
-        "--records", type=Path, help="JSONL file for the verdict, reason and boxes of every image"
-    )
-    model = parser.add_argument_group("model and sampling (without --images)")
-    model.add_argument("--config", help="YAML config; the embedded model when left out")
-    model.add_argument("--model_path", help="weights of the transformer; those of the config when left out")
-    model.add_argument(
-        "--ema", action="store_true", help="use the averaged weights of the training checkpoint --model_path"
-    )
-    model.add_argument("--steps", "--step", type=int, default=20, help="sampling steps (20)")
-    model.add_argument("--cfg_scale", type=float, default=4.5, help="guidance scale (4.5)")
-    model.add_argument(
-        "--sampler", "--sampling_algo", help="flow_dpm-solver or flow_euler; the config's when left out"
-    )
-    model.add_argument("--seed", type=int, default=0, help="decides the noise of every image (0)")
-    model.add_argument("--bs", type=int, default=32, help="images drawn at once (32)")
-    model.add_argument(
-        "--work_dir", type=Path, default=Path("output/shapes_benchmark"), help="images go below it"
-    )
-    args = parser.parse_args(arguments)
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--images", type=Path, help="score this folder: drawn by this repository, or in GenEval's layout")
+    add("--prompts", default=PROMPTS_FILE, help="JSONL file with one GenEval record a line")
+    add("--limit", type=at_least(1), help="only so many prompts of each tag, spread over its list")
+    add("--output", type=Path, help="file for the report (default: stdout)")
+    add("--records", type=Path, help="JSONL file for the verdict, reason and boxes of every image")
+    add = parser.add_argument_group("model and sampling (without --images)").add_argument
+    add("--config", help="YAML file (default: config.yaml beside --model_path, else the embedded model's)")
+    add("--model_path", help="transformer: path or hf://owner/repo/file (default: the config's load_from)")
+    add("--ema", action="store_true", help="the averaged weights of the training checkpoint --model_path")
+    add("--steps", "--step", type=at_least(1), default=20, help="network evaluations (default: 20)")
+    add("--cfg_scale", type=float, default=4.5, help="classifier-free guidance; 1 is off (default: 4.5)")
+    add("--sampler", "--sampling_algo", help="flow_dpm-solver or flow_euler (default: the config's)")
+    add("--seed", type=int, default=0, help="of the noise, together with a prompt's place in its file")
+    add("--bs", type=at_least(1), default=32, help="images drawn at once (default: 32)")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    add("--dtype", help="fp32, bf16 or fp16, of the transformer (default: the config's, and fp32 on a CPU)")
+    add("--work_dir", type=Path, default=Path("output/shapes_benchmark"), help="the images go below it")
+    return parser
+
+
+def run(args: Namespace, overrides: list[str]) -> None:
+    """Draw unless --images is given, score, report."""
+    from sana.evaluation import shapes_benchmark
+    from sana.metrics.geneval import load_prompts
+    from sana.utils import distributed, hub, logging
+
+    logging.configure()
+    if args.images and (overrides or args.model_path or args.config):
+        raise ValueError("--images scores a folder as it is: leave config, model and overrides out")
     if args.ema and not args.model_path:
-        parser.error("--ema needs --model_path: a training checkpoint that holds averaged weights")
-    return args
+        raise ValueError("--ema needs --model_path: a training checkpoint that holds averaged weights")
+    prompts = shapes_benchmark.subset(load_prompts(hub.resolve(args.prompts)), args.limit)
+    folder, about = (args.images, {}) if args.images else draw(args, overrides, prompts)
+    if not distributed.is_main():
+        return
+    records = shapes_benchmark.score(shapes_benchmark.find_images(folder, prompts))
+    report = shapes_benchmark.report(records, folder, **about)
+
+    print(shapes_benchmark.table(records), file=sys.stderr)
+    if args.records:
+        args.records.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    if args.output:
+        report.save(args.output)
+    else:
+        print(report.to_json(), end="")
 
 
-def draw_images(args: argparse.Namespace, prompts: dict) -> tuple[Path, dict]:
-    """Draw what is missing; returns the folder and what the report says of the model."""
+def draw(args: Namespace, overrides: list[str], prompts: dict) -> tuple[Path, dict]:
+    """Draw what is missing (this imports torch); returns the folder and what the report says of the model."""
+    from sana.config import load_config
     from sana.evaluation import shapes_benchmark
     from sana.generation import Settings, folder_name
-    from sana.pipeline import SanaPipeline
+    from sana.pipeline import DEFAULT_CONFIG, SanaPipeline
+    from sana.utils import hub
 
-    pipeline = SanaPipeline(config_path=args.config)
+    config = args.config or DEFAULT_CONFIG
     if args.model_path:
-        pipeline.from_pretrained(args.model_path)
+        config = args.config or hub.find_beside(args.model_path, "config.yaml")
+        overrides = [*overrides, f"--model.load_from={args.model_path}"]
+    pipeline = SanaPipeline(load_config(config, overrides), device=args.device, dtype=args.dtype)
     if args.ema:
         load_averaged(pipeline)
     settings = Settings(
-        seed=args.seed, num_inference_steps=args.steps, guidance_scale=args.cfg_scale, sampler=args.sampler
+        seed=args.seed,
+        num_inference_steps=args.steps,
+        guidance_scale=args.cfg_scale,
+        sampler=args.sampler,
     )
     folder = args.work_dir / folder_name(pipeline, settings, "shapes", label="_ema" if args.ema else "")
     shapes_benchmark.draw(pipeline, prompts, folder, settings, batch_size=args.bs, progress=True)
@@ -87,30 +110,9 @@ def load_averaged(pipeline) -> None:  # noqa: ANN001 SanaPipeline is imported la
 
 
 def main() -> None:
-    """Draw unless --images is given, score, report."""
-    args = parse_args()
-    from sana.evaluation import shapes_benchmark
-    from sana.metrics.geneval import load_prompts
-    from sana.utils import distributed, hub, logging
-
-    logging.configure()
-    try:
-        prompts = shapes_benchmark.subset(load_prompts(hub.resolve(args.prompts)), args.limit)
-        folder, about = (args.images, {}) if args.images else draw_images(args, prompts)
-        if not distributed.is_main():
-            return
-        records = shapes_benchmark.score(shapes_benchmark.find_images(folder, prompts))
-        report = shapes_benchmark.report(records, folder, **about)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-    print(shapes_benchmark.table(records), file=sys.stderr)
-    if args.records:
-        args.records.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    if args.output:
-        report.save(args.output)
-    else:
-        print(report.to_json(), end="")
+    """Parse and run."""
+    parser = make_parser()
+    parser.run(run, *parser.parse_known_args())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Every file under configs/: it loads, its model has the published size, and it says nothing twice."""
 
 import ast
-import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from sana.config import SanaConfig, load_config, transformer_overrides
 from sana.models.zoo import TRANSFORMERS, build_transformer
+from tests.config_helpers import leaves_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -145,14 +145,6 @@ PUBLISHED = {
 }
 
 
-def _leaves(config, prefix=""):
-    leaves = {}
-    for field in dataclasses.fields(config):
-        value, key = getattr(config, field.name), f"{prefix}{field.name}"
-        leaves |= _leaves(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
-    return leaves
-
-
 def _written(name):
     """Dotted settings that a file itself writes, and its `base:`."""
     tree = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
@@ -163,6 +155,21 @@ def _written(name):
     return keys, base
 
 
+def _parameters(network):
+    """The published count of a block without q/k norms, and of what stands around the blocks."""
+    d, h, c = network.hidden_size, int(2.5 * network.hidden_size), network.caption_channels
+    attention = 6 * d + 3 * d**2 + (d**2 + d) + (d**2 + d) + (2 * d**2 + 2 * d) + (d**2 + d)
+    block = attention + (2 * h * d + 2 * h) + (18 * h + 2 * h) + h * d
+    time = (256 * d + d) + (d**2 + d) + (6 * d**2 + 6 * d)
+    caption = (c * d + d) + (d**2 + d) + d
+    return network.depth * block + time + caption + (32 * d + d) + (2 * d + 32 * d + 32)
+
+
+@pytest.mark.parametrize("name", ["SanaMS_600M_P1_D28", "SanaMS_1600M_P1_D20"])
+def test_formula_of_the_parameter_count(name):
+    assert _parameters(TRANSFORMERS[name]) == PARAMETERS[name, False]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_config_loads_and_builds_its_model(name, caplog):
     config = load_config(CONFIGS / name)
@@ -171,7 +178,7 @@ def test_config_loads_and_builds_its_model(name, caplog):
         model = build_transformer(config.model.model, **transformer_overrides(config))
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if config.model.model == "SanaMS_Tiny_P1_D8":
-        assert 2_000_000 < count < 10_000_000
+        assert count == _parameters(TRANSFORMERS[config.model.model])
     else:
         assert count == PARAMETERS[config.model.model, config.model.cross_norm]
     assert config.model.pag_applied_layers[-1] < len(model.blocks)
@@ -180,7 +187,7 @@ def test_config_loads_and_builds_its_model(name, caplog):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_values(name):
-    base, config = _leaves(load_config(CONFIGS / BASE)), _leaves(load_config(CONFIGS / name))
+    base, config = leaves_of(load_config(CONFIGS / BASE)), leaves_of(load_config(CONFIGS / name))
     assert {key: value for key, value in config.items() if value != base[key]} == PUBLISHED[name]
 
 
@@ -232,21 +239,21 @@ def test_values_of_the_base():
         "train.eval_metric_step": 2000,
         "work_dir": "output/debug",
     }
-    assert {key: _leaves(config)[key] for key in expected} == expected
+    assert {key: leaves_of(config)[key] for key in expected} == expected
 
 
 def test_base_has_every_setting():
     keys, base = _written(BASE)
     assert base is None
-    settings = {key.removesuffix(".checkpoint") for key in _leaves(SanaConfig())}
+    settings = {key.removesuffix(".checkpoint") for key in leaves_of(SanaConfig())}
     assert set(keys) == {key for key in settings if not key.startswith("model.resume_from.")}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != BASE])
 def test_a_config_writes_only_differences(name):
     keys, base = _written(name)
-    below = _leaves(load_config((CONFIGS / name).parent / base))
-    here = _leaves(load_config(CONFIGS / name))
+    below = leaves_of(load_config((CONFIGS / name).parent / base))
+    here = leaves_of(load_config(CONFIGS / name))
     assert [key for key in keys if here[key] == below[key]] == []
 
 

@@ -23,7 +23,8 @@ DOCUMENTS = [
     *sorted(path for folder in ("asset", "configs", "tools") for path in (ROOT / folder).rglob("*.md")),
 ]
 DEFAULT_CONFIG = ROOT / "configs/sana_config/tiny/Sana_tiny_img256.yaml"
-PRODUCTS = ("output/", "runs/", "data/", ".venv")  # written by runs and users, absent from a clone
+# Written by runs and users, absent from a clone.
+PRODUCTS = ("output/", "checkpoints/", "logs/", "log_vis/", "data/", ".venv")
 SOURCE_SUFFIXES = {".py", ".sh", ".md", ".toml"}
 SUFFIXES = SOURCE_SUFFIXES | {".yaml", ".yml", ".txt", ".json", ".jsonl", ".png", ".safetensors"}
 

@@ -200,6 +200,7 @@ class SanaTransformer(nn.Module):
 
         Arguments as in `forward`; no caption is dropped.
         """
+        self._check_text(text_embeds)
         text = self._text_tokens(text_embeds)
         mask = self._attention_mask(text_mask, text)
         pairs = [block.cross_attn.keys_values(text) for block in self.blocks]
@@ -309,6 +310,7 @@ class SanaTransformer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if text_embeds is None:
             raise ValueError("text_embeds is None: pass it, or text_cache")
+        self._check_text(text_embeds)
         if drop_caption is None and self.training and self.config.class_dropout_prob > 0:
             drop_caption = (
                 torch.rand(len(text_embeds), device=text_embeds.device) < self.config.class_dropout_prob
@@ -318,13 +320,15 @@ class SanaTransformer(nn.Module):
         text = self._text_tokens(text_embeds)
         return text, self._attention_mask(text_mask, text)
 
-    def _text_tokens(self, text_embeds: torch.Tensor) -> torch.Tensor:
-        """(B, L, C) -> (B, L, D), normalised."""
+    def _check_text(self, text_embeds: torch.Tensor) -> None:
         if text_embeds.ndim != 3 or text_embeds.shape[-1] != self.config.caption_channels:
             raise ValueError(
                 f"text_embeds has shape {tuple(text_embeds.shape)}; "
                 f"expected (B, L, {self.config.caption_channels})"
             )
+
+    def _text_tokens(self, text_embeds: torch.Tensor) -> torch.Tensor:
+        """(B, L, C) -> (B, L, D), normalised."""
         return self.attention_y_norm(self.y_embedder(text_embeds.to(self.dtype)))
 
     @staticmethod

@@ -81,7 +81,7 @@ def _detections(pixels: np.ndarray) -> Iterator[DetectedShape]:
     min_area = (_MIN_RADIUS * min(pixels.shape[:2])) ** 2
     pending = [np.linalg.norm(pixels - background, axis=2) > _CONTRAST]
     while pending:
-        labels, _ = ndimage.label(pending.pop(), structure=np.ones((3, 3)))
+        labels, _ = ndimage.label(pending.pop())
         areas = np.bincount(labels.ravel())
         for index, window in enumerate(ndimage.find_objects(labels), start=1):
             if areas[index] < min_area:

@@ -1,4 +1,4 @@
-"""The softmax attention takes another path on CPUs when it trains in half precision; both are one function."""
+"""Softmax attention takes another path on CPUs when it trains in half precision; both are one function."""
 
 import pytest
 import torch

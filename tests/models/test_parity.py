@@ -1,4 +1,4 @@
-"""SanaTransformer against diffusers' SanaTransformer2DModel through the key map, and code mutations that must break it.
+"""SanaTransformer against diffusers' SanaTransformer2DModel, and code mutations that must break it.
 
 Two independent implementations that agree prove the equations; the mutations prove that a change is noticed.
 """
@@ -64,7 +64,7 @@ def test_perturbed_block_equals_diffusers():
     twin, arguments = build_twin(model), inputs(model.config)
 
     class Perturbed(PAGIdentitySanaLinearAttnProcessor2_0):
-        """The second half of that processor's batch is the perturbed one: feed the batch twice and keep it."""
+        """The second half of that processor's batch is the perturbed one: feed the batch twice."""
 
         def __call__(self, attn, hidden_states, **kwargs):
             return super().__call__(attn, torch.cat([hidden_states] * 2), **kwargs).chunk(2)[1]

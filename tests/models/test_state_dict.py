@@ -92,15 +92,17 @@ def test_every_kind_of_file_loads_into_a_model(kind, state, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "legacy", "safetensors"])
-@pytest.mark.parametrize("keep", [0, 5, 0.3, 0.99])
-def test_truncated_files_are_one_line(kind, keep, state, tmp_path):
+def test_truncated_files_are_one_line(kind, tmp_path):
+    """Wherever the file ends: the readers raise nine kinds of errors between them."""
+    state = {f"blocks.{i}.weight": torch.full((2, 3), float(i)) for i in range(3)}
     file = write(tmp_path, kind, state)
     content = file.read_bytes()
-    file.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    with pytest.raises(ValueError, match="truncated") as caught:
-        load_transformer_state(file)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for length in range(0, len(content), 3):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="truncated") as caught:
+            load_transformer_state(file)
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_saved_weights_load_back(state, tmp_path):

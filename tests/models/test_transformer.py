@@ -1,4 +1,4 @@
-"""What SanaTransformer promises beside its equations (those: test_parity.py): arguments, dtypes, caches, gradients."""
+"""What SanaTransformer promises beside equations (test_parity.py): arguments, dtypes, caches, gradients."""
 
 import copy
 from dataclasses import FrozenInstanceError
@@ -140,6 +140,8 @@ def test_text_cache_gives_the_same_output(model):
 
 
 def test_text_cache_refuses_what_it_cannot_do(model):
+    with pytest.raises(ValueError, match=r"text_embeds has shape \(3, 24\)"):
+        model.encode_text(torch.zeros(3, 24))
     arguments = inputs(model.config)
     cache = model.encode_text(arguments["text_embeds"], arguments["text_mask"])
     call = (arguments["latents"], arguments["timestep"], None)
@@ -259,8 +261,9 @@ def test_forward_hooks_fire_on_every_module(model):
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
     model = build(patch_size=2)
-    with pytest.raises(ValueError, match=message):
-        model(**{**inputs(model.config), **change})
+    for mode in (model.eval(), model.train()):
+        with pytest.raises(ValueError, match=message):
+            mode(**{**inputs(model.config), **change})
 
 
 def test_prompt_longer_than_the_null_caption_cannot_be_dropped(model):

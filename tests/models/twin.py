@@ -22,7 +22,7 @@ BATCH = 3
 
 
 def make_generic(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every tensor values that hide nothing: norms in 0.5..1.5, biases and tables of visible size, nothing initial."""
+    """Give every tensor values that hide nothing: norms in 0.5..1.5, visible biases, nothing initial."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -43,7 +43,7 @@ def build(seed: int = 0, **overrides) -> SanaTransformer:
 
 
 def build_twin(model: SanaTransformer) -> SanaTransformer2DModel:
-    """diffusers' model with the same weights; its own eps of the cross attention's q/k norms set to the reference's."""
+    """diffusers' model with the same weights, and with the reference's eps in the cross q/k norms."""
     config = model.config
     twin = SanaTransformer2DModel(
         in_channels=config.in_channels,
@@ -71,7 +71,7 @@ def build_twin(model: SanaTransformer) -> SanaTransformer2DModel:
 def inputs(
     config: TransformerConfig, grid: tuple[int, int] = (4, 4), seed: int = 1, batch: int = BATCH
 ) -> dict:
-    """Arguments of `SanaTransformer.forward`: `grid` in tokens, masks of different lengths, timesteps of every size."""
+    """Arguments of `SanaTransformer.forward`: `grid` in tokens, masks of several lengths."""
     generator = torch.Generator().manual_seed(seed)
     height, width = (side * config.patch_size for side in grid)
     lengths = torch.tensor([LENGTH, 2, 4])[torch.arange(batch) % 3]

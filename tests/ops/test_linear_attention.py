@@ -37,7 +37,7 @@ def test_equals_the_quadratic_form(size, eps):
 
 
 def test_scale_invariance():
-    """Without eps the output does not change with the length of q_n or of all k: q.dq = 0, sum of k.dk = 0."""
+    """Without eps the lengths of q_n and of all k do not matter: q_n.dq_n = 0, sum of k_n.dk_n = 0."""
     q, k, v = heads(2, 2, 50, 32)
     linear_attention(q, k, v, eps=0.0).square().sum().backward()
     scale = (q * q.grad).abs().sum()
@@ -58,9 +58,9 @@ def test_token_without_positive_query_gives_zero():
     assert dead.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2.5e-3), (torch.float16, 3.5e-4)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-3), (torch.float16, 3e-4)], ids=str)
 def test_half_inputs_are_accumulated_in_float32(dtype, bound):
-    """Only the output is rounded (measured: 1.7e-3 and 2.1e-4, the rounding alone)."""
+    """Only the output is rounded (measured: 1.5e-3 and 1.9e-4, the rounding alone)."""
     q, k, v = heads(1, 2, 1000, 32, dtype, mean=3.0)
     out = linear_attention(q, k, v, eps=EPS)
     assert out.dtype == dtype
@@ -78,7 +78,7 @@ def test_float16_normaliser_beyond_its_range():
 
 
 def test_half_precision_products_on_request():
-    """fp32=False rounds the state and the products: more than ten roundings of the output, still a usable result."""
+    """fp32=False rounds state and products too: about twice the error of rounding the output alone."""
     q, k, v = heads(1, 2, 1000, 32, torch.bfloat16, mean=3.0)
     rounded, reference = linear_attention(q, k, v, eps=EPS, fp32=False), quadratic(q, k, v, EPS)
     assert rounded.dtype == torch.bfloat16

@@ -170,13 +170,20 @@ def test_colours_of_touching_objects_are_told_apart():
     assert seen(image) == [("circle", "red"), ("square", "blue")]
 
 
-def test_an_object_inside_a_ring():
+def test_a_thin_object_that_touches_a_thick_one():
+    outer = ("ellipse", (60, 60, 103, 103), "blue")
+    image = draw(outer, ("ellipse", (70, 70, 93, 93), "gray"), ("rectangle", (102, 50, 170, 118), "red"))
+    assert seen(image) == [("ring", "blue"), ("square", "red")]
+
+
+@pytest.mark.parametrize("colour", ["red", "blue"])
+def test_an_object_inside_a_ring(colour):
     image = draw(
         ("ellipse", (60, 60, 190, 190), "red"),
         ("ellipse", (89, 89, 161, 161), "gray"),
-        ("rectangle", (110, 110, 139, 139), "blue"),
+        ("rectangle", (110, 110, 139, 139), colour),
     )
-    assert seen(image) == [("ring", "red"), ("square", "blue")]
+    assert seen(image) == [("ring", "red"), ("square", colour)]
 
 
 def test_a_colour_outside_the_ten_is_named_as_what_it_is():
@@ -200,6 +207,15 @@ def checkerboard():
     return np.kron(board, np.ones((32, 32)))[..., None].repeat(3, 2).astype(np.uint8)
 
 
+def dither():
+    """A patch of two colours around the background, whose mean is the background itself."""
+    image = draw().copy()
+    image[80:160, 80:160, 0] += (
+        np.where(np.indices((80, 80)).sum(0) % 2, 36, -36).astype(np.int8).view(np.uint8)
+    )
+    return image
+
+
 def ramp():
     return np.repeat(np.linspace(0, 255, SIDE).astype(np.uint8)[None, :, None], SIDE, 0).repeat(3, 2)
 
@@ -213,6 +229,7 @@ def ramp():
         pytest.param(noise(120, 150), id="grain"),
         pytest.param(ramp(), id="ramp"),
         pytest.param(checkerboard(), id="checkerboard"),
+        pytest.param(dither(), id="dither"),
         pytest.param(draw(("rectangle", (128, 0, 255, 255), "red")), id="half"),
         pytest.param(soft_disc(10), id="soft disc"),
         pytest.param(soft_disc(25), id="wide soft disc"),
