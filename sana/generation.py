@@ -18,14 +18,12 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
-import sana
+from sana import __version__
 from sana.data.prompts import Prompt
-from sana.diffusion.solvers import DEFAULT_STEPS, SOLVERS
-from sana.pipeline import SanaPipeline, image_seed
+from sana.pipeline import SAMPLERS, SanaPipeline, image_seed
 from sana.resolution import parse_prompt_size
 from sana.utils import distributed, images
 from sana.utils.files import write_atomic
@@ -59,8 +57,8 @@ class Settings:
     """1 to 100."""
 
     def __post_init__(self) -> None:
-        if self.sampler is not None and self.sampler not in SOLVERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}; choose from {', '.join(SOLVERS)}")
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}; choose from {', '.join(SAMPLERS)}")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"the number of steps must be at least 1, got {self.num_inference_steps}")
         if self.image_format not in ("png", "jpg"):
@@ -80,7 +78,7 @@ class Settings:
         return replace(
             self,
             sampler=sampler,
-            num_inference_steps=self.num_inference_steps or DEFAULT_STEPS[sampler],
+            num_inference_steps=self.num_inference_steps or SAMPLERS[sampler],
             height=own if self.height is None else self.height,
             width=own if self.width is None else self.width,
         )
@@ -365,5 +363,4 @@ def _batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
 
 
 def _versions() -> dict[str, str]:
-    ours = {"sana": sana.__version__, "torch": torch.__version__}
-    return ours | {name: version(name) for name in ("diffusers", "transformers")}
+    return {"sana": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}

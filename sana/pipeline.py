@@ -31,6 +31,8 @@ DEFAULT_CONFIG = "configs/sana_config/tiny/Sana_tiny_img256.yaml"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 """Names in configs and on the command line -> dtype."""
+SAMPLERS = DEFAULT_STEPS
+"""Names of the samplers -> their usual number of steps."""
 
 logger = get_logger(__name__)
 
@@ -129,7 +131,7 @@ class SanaPipeline:
         # Pixels that one token covers along each side: what an image's sides must be multiples of.
         self.multiple = autoencoder.downsample * transformer.config.patch_size
         own = config.model.image_size
-        table = TABLES.get(config.model.aspect_ratio_type or f"ASPECT_RATIO_{own}", {"1.0": (own, own)})
+        table = TABLES.get(f"ASPECT_RATIO_{own}_TEST", {"1.0": (own, own)})  # generation's, as in the reference
         self.buckets: Table = {  # some sides at 256 pixels are multiples of 16 only
             key: size for key, size in table.items() if not any(side % self.multiple for side in size)
         }
@@ -221,7 +223,7 @@ class SanaPipeline:
         """
         sampler = sampler or self.config.scheduler.vis_sampler
         self._check(sampler, output_type, num_images_per_prompt)
-        steps = DEFAULT_STEPS[sampler] if num_inference_steps is None else num_inference_steps
+        steps = SAMPLERS[sampler] if num_inference_steps is None else num_inference_steps
         prompts, negatives = _pair_prompts(prompt, negative_prompt, num_images_per_prompt)
         size, drawn_size = self.sizes(height, width, use_resolution_binning)
         guidance = Guidance(
@@ -244,8 +246,8 @@ class SanaPipeline:
             raise ValueError(
                 "no weights are loaded: call from_pretrained(path), or set model.load_from in the config"
             )
-        if sampler not in SOLVERS:
-            raise ValueError(f"unknown sampler {sampler!r}; choose from {', '.join(SOLVERS)}")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
         if output_type not in ("tensor", "pil"):
             raise ValueError(f"unknown output_type {output_type!r}; choose from tensor, pil")
         if num_images_per_prompt < 1:

@@ -150,6 +150,8 @@ def test_parts_of_a_list_keep_their_indices(run, tmp_path):
     )
     assert status == 0, err
     assert [Path(path).name for path in paths] == ["00002_prompt-2.png", "00003_prompt-3.png"]
+    status, paths, err = run(*FAST, "--txt_file=p.txt", "--end_index=1")
+    assert [Path(path).name for path in paths] == ["00000_prompt-0.png"]
 
 
 def test_model_path_with_and_without_a_config_beside_it(run, config, tmp_path):

@@ -98,6 +98,14 @@ def test_degraded_scenes(damage):
     assert sum(right) >= 95
 
 
+def test_small_objects_with_rounded_corners():
+    """An autoencoder rounds what is small: 3 pixels of blur on a radius of 23."""
+    for shape in SHAPES:
+        item = Object(shape=shape, colour="red", size="small", x=0.5, y=0.5, radius=0.09)
+        image = render(Scene(background="gray", objects=(item,), groups=()), SIDE)
+        assert seen(degrade(image, seed=0, blur=3.0)) == [(shape, "red")]
+
+
 def test_jpeg_ringing():
     def compressed(image):
         buffer = BytesIO()
