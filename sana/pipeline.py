@@ -131,7 +131,8 @@ class SanaPipeline:
         # Pixels that one token covers along each side: what an image's sides must be multiples of.
         self.multiple = autoencoder.downsample * transformer.config.patch_size
         own = config.model.image_size
-        table = TABLES.get(f"ASPECT_RATIO_{own}_TEST", {"1.0": (own, own)})  # generation's, as in the reference
+        # The table of generation, as in the reference, without the extreme ratios of training.
+        table = TABLES.get(f"ASPECT_RATIO_{own}_TEST", {"1.0": (own, own)})
         self.buckets: Table = {  # some sides at 256 pixels are multiples of 16 only
             key: size for key, size in table.items() if not any(side % self.multiple for side in size)
         }
