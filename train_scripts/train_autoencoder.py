@@ -40,6 +40,9 @@ def build_parser() -> Parser:
     parser.add_argument("--data_dir", nargs="+", help="folders of pictures; default: the procedural shapes")
     parser.add_argument("--num_scenes", type=at_least(1), default=60000, help="training scenes of the shapes")
     parser.add_argument("--load_from", help="autoencoder to fine-tune: a diffusers folder or a hub name")
+    parser.add_argument(
+        "--freeze_encoder", action="store_true", help="train the decoder alone; latents stay as they are"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     return parser
 
@@ -99,6 +102,7 @@ def run(args: Namespace) -> None:
         batch_size=args.batch_size,
         lr=args.lr,
         latent_noise=args.latent_noise,
+        freeze_encoder=args.freeze_encoder,
         save_every=args.save_every,
     )
     trainer = AutoencoderTrainer(autoencoder.to(device), settings, batch, args.work_dir)

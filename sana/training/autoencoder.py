@@ -39,6 +39,8 @@ class AutoencoderTraining:
     forgives the transformer's small errors."""
     gradient_clip: float = 1.0
     """Largest gradient norm."""
+    freeze_encoder: bool = False
+    """Train the decoder alone: the latents stay what they are, so that a transformer trained on them stays valid."""
     save_every: int = 500
     """Steps between checkpoints."""
 
@@ -62,10 +64,10 @@ class AutoencoderTrainer:
     ) -> None:
         self.settings, self.batches, self.work_dir, self.step = settings, batches, work_dir, 0
         self.autoencoder = autoencoder.to(memory_format=torch.channels_last).train().requires_grad_(True)
+        self.autoencoder.model.encoder.requires_grad_(not settings.freeze_encoder)
         self.ema = EMA(autoencoder, settings.ema_rate)
-        self.optimizer = torch.optim.AdamW(
-            autoencoder.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0
-        )
+        trained = [parameter for parameter in autoencoder.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
 
     def _lr_factor(self, step: int) -> float:
@@ -90,7 +92,8 @@ class AutoencoderTrainer:
                 writer.add_scalar("psnr", psnr, self.step)
                 self.save()
         writer.close()
-        self.calibrate(self.batches(i) for i in range(8))
+        if not self.settings.freeze_encoder:
+            self.calibrate(self.batches(i) for i in range(8))
         self.ema.model.save_pretrained(self.work_dir / "autoencoder", torch.float16)
         return self.reconstruction_psnr(validation)
 

@@ -14,9 +14,9 @@ CHI = "Describe the scene. Prompt: "
 PICTURES = torch.stack([ShapesDataset(64, 8).image(i) for i in range(8)])
 
 
-def autoencoder_trainer(work_dir, steps, save_every=10):
+def autoencoder_trainer(work_dir, steps, **more):
     torch.manual_seed(0)
-    settings = AutoencoderTraining(steps=steps, lr=3e-3, warmup=2, ema_rate=0.9, save_every=save_every)
+    settings = AutoencoderTraining(steps=steps, lr=3e-3, warmup=2, ema_rate=0.9, save_every=10, **more)
     return AutoencoderTrainer(Autoencoder(make_autoencoder()), settings, lambda step: PICTURES, work_dir)
 
 
@@ -31,6 +31,17 @@ def test_autoencoder_learns_and_leaves_unit_latents(tmp_path):
     assert latents.std().item() == pytest.approx(1, abs=0.02)
     assert loaded.scaling_factor != 0.5  # the random one's
     assert next(iter(loaded.parameters())).dtype == torch.float32
+
+
+def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns(tmp_path):
+    trainer = autoencoder_trainer(tmp_path, steps=10, freeze_encoder=True)
+    with torch.no_grad():
+        before = trainer.ema.model.encode(PICTURES)
+    first = trainer.reconstruction_psnr(PICTURES)
+    assert trainer.train(PICTURES) > first + 1
+    with torch.no_grad():
+        after = trainer.ema.model.encode(PICTURES)
+    assert torch.equal(before, after) and trainer.ema.model.scaling_factor == 0.5
 
 
 def test_psnr_is_that_of_its_definition(tmp_path):
