@@ -1,6 +1,6 @@
 """Plot the curves of trainings from their TensorBoard logs.
 
-    python scripts/plot_training.py output/sana_tiny/logs --tag loss --smooth 100 --output curves.png
+python scripts/plot_training.py output/sana_tiny/logs --tag loss --smooth 100 --output curves.png
 """
 
 from argparse import Namespace

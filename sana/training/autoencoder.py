@@ -141,7 +141,8 @@ class AutoencoderTrainer:
         state = {
             "step": self.step,
             "model": self.autoencoder.state_dict(),
-            "ema": self.ema.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "ema_updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "rng": torch.get_rng_state(),
@@ -155,7 +156,7 @@ class AutoencoderTrainer:
             return False
         state = torch.load(path, weights_only=True, map_location="cpu")
         self.autoencoder.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
+        self.ema.restore(state["ema"], state["ema_updates"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"])

@@ -29,12 +29,7 @@ class EMA:
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
 
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """The averaged weights under the model's own names, and the number of updates under "updates"."""
-        return {**self.model.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Restore what `state_dict` gave."""
-        state = dict(state)
-        self.updates = int(state.pop("updates"))
+    def restore(self, state: dict[str, Tensor], updates: int) -> None:
+        """Go on from the averaged weights `state` (`model.state_dict()`) after so many updates."""
         self.model.load_state_dict(state)
+        self.updates = updates

@@ -96,7 +96,7 @@ class Trainer:
             load_into(transformer, state["state_dict"])
             if "state_dict_ema" in state and config.train.ema_update:
                 self.ema = EMA(transformer, config.train.ema_rate)
-                self.ema.load_state_dict(state["state_dict_ema"])
+                self.ema.restore(state["state_dict_ema"], state["ema_updates"])
             if resume.resume_optimizer:
                 optimizer.load_state_dict(state["optimizer"])
             if resume.resume_lr_scheduler and config.train.resume_lr_scheduler:
@@ -259,7 +259,7 @@ class Trainer:
                 "step": self.step,
             }
             if self.ema is not None:
-                state["state_dict_ema"] = self.ema.state_dict()
+                state |= {"state_dict_ema": self.ema.model.state_dict(), "ema_updates": self.ema.updates}
             save_checkpoint(self.work_dir / "checkpoints", state, state["epoch"], self.step)
         self.accelerator.wait_for_everyone()
 
