@@ -12,4 +12,4 @@ if [[ "${1:-}" == "--slow" ]]; then
     shift
 fi
 export HF_HUB_OFFLINE=1 # no test below may reach for the network, not even to look whether a file is new
-exec "$python" -m pytest -m "$speed and not gpu and not network" "$@"
+exec "$python" -m pytest -n 2 -m "$speed and not gpu and not network" "$@"

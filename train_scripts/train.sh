@@ -24,7 +24,6 @@ if [ -z "$np" ]; then
     [ "$np" -gt 0 ] || np=1
 fi
 
-python=python
-[ -x .venv/bin/python ] && [ -z "${CONDA_PREFIX:-}" ] && [ -z "${VIRTUAL_ENV:-}" ] && python=.venv/bin/python
+python="$(bash environment_setup.sh)"
 exec "$python" -m torch.distributed.run --nproc_per_node="$np" --master_port="${MASTER_PORT:-$((20000 + RANDOM % 10000))}" \
     train_scripts/train.py --config_path="$config" --resume_from=latest "${arguments[@]}"
