@@ -169,6 +169,12 @@ class Trainer:
                     norm = self.accelerator.clip_grad_norm_(
                         self.model.parameters(), self.config.train.gradient_clip
                     )
+                    # With a scaler (fp16), infinite gradients are how it finds its scale: it skips those steps itself.
+                    if self.accelerator.scaler is None and not norm.isfinite():
+                        raise FloatingPointError(
+                            f"gradient norm {norm.item()} at step {self.step}: the step was not taken; "
+                            "resume with a lower learning rate"
+                        )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 losses.append(loss.detach())

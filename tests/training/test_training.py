@@ -78,6 +78,16 @@ def test_the_step_is_the_paper_s(model, tmp_path):
     assert stats.grad_norm > 0 and run.step == 1
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(model, tmp_path):
+    run = trainer(model, tmp_path)
+    batch = next(run._batches())
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    batch.pixels[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="gradient norm nan at step 0: the step was not taken"):
+        run.train_step([batch])
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+
+
 def test_times_follow_density_and_shift(model, tmp_path):
     run = trainer(model, tmp_path, "--scheduler.flow_shift=4.0", "--scheduler.logit_std=0.5")
     latents = torch.zeros(1, 32, 2, 2)
