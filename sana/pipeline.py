@@ -141,7 +141,7 @@ class SanaPipeline:
         """Load the transformer's weights, strictly, and return self.
 
         Args:
-            path: .pth or .safetensors file, or a diffusers folder; `hf://owner/repo/path` is fetched.
+            path: .pth or .safetensors file; `hf://owner/repo/path` is fetched.
 
         Raises:
             ValueError: nothing is there, or names or shapes differ from the model's.

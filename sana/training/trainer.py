@@ -90,8 +90,9 @@ class Trainer:
     ) -> int:
         """Take weights and state from a checkpoint to resume, else weights from `model.load_from`; returns the step."""
         config, resume = self.config, self.config.model.resume_from
-        path = find_checkpoint(resume_from or resume.checkpoint or "latest", self.work_dir / "checkpoints")
-        if (resume_from or resume.checkpoint) and path:
+        name = resume_from or resume.checkpoint
+        path = find_checkpoint(name, self.work_dir / "checkpoints") if name else None
+        if path:
             state = load_checkpoint(path)
             load_into(transformer, state["state_dict"])
             if "state_dict_ema" in state and config.train.ema_update:
