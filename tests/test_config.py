@@ -82,8 +82,8 @@ def test_published_sprint_settings_load_and_are_named_in_one_warning(write, capl
     assert record.levelno == logging.WARNING
     assert str(path) in message
     for named in (
-        "scheduler.sigma_data=0.5 (for SANA-Sprint)",
-        "train.adv_lambda=0.5",
+        "scheduler.sigma_data=0.5 (cancels out in sampling)",
+        "train.adv_lambda=0.5 (for training SANA-Sprint, which is not available)",
         "train.optimizer_D={'lr': 2e-06}",
     ):
         assert named in message
@@ -292,7 +292,9 @@ def test_transformer_overrides(write):
     config = load_config(
         write(
             "model: {model: SanaMS_1600M_P2_D20, image_size: 2048, use_pe: true, pe_interpolation: 2., qk_norm: true,"
-            " cross_norm: false, class_dropout_prob: 0.2, fp32_attention: false, mlp_ratio: 3, linear_head_dim: 16}\n"
+            " cross_norm: false, class_dropout_prob: 0.2, fp32_attention: false, mlp_ratio: 3, linear_head_dim: 16,"
+            " mixed_precision: bf16, cfg_embed_scale: 0.2}\n"
+            "scheduler: {timestep_norm_scale_factor: 500}\n"
             "vae: {vae_latent_dim: 16}\ntrain: {grad_checkpointing: true}\n"
             "text_encoder: {caption_channels: 1536, model_max_length: 100, y_norm: false, y_norm_scale_factor: 0.5}"
         )
@@ -306,6 +308,9 @@ def test_transformer_overrides(write):
         "model_max_length": 100,
         "qk_norm": True,
         "cross_norm": False,
+        "cfg_embed": False,
+        "cfg_embed_scale": 0.2,
+        "timestep_norm_scale_factor": 500.0,
         "use_pe": True,
         "pe_interpolation": 2.0,
         "pe_base_size": 32,
@@ -313,8 +318,18 @@ def test_transformer_overrides(write):
         "y_norm_scale_factor": 0.5,
         "class_dropout_prob": 0.2,
         "fp32_attention": False,
+        "clamp_attention": False,
         "gradient_checkpointing": True,
     }
+    sprint = "model: {model: SanaMSCM_600M_P1_D20, cfg_embed: true, mixed_precision: fp16}\nscheduler: {vis_sampler: scm}"
+    config = load_config(write(sprint))
+    assert config.model.model == "SanaMSCM_600M_P1_D28"  # the published file has a wrong depth
+    assert transformer_overrides(config)["cfg_embed"] and transformer_overrides(config)["clamp_attention"]
+    with pytest.raises(
+        ConfigError, match=r"vis_sampler: Sprint models \(\S+D28\) are sampled by scm, got flow_euler"
+    ):
+        load_config(write(sprint), ["--scheduler.vis_sampler=flow_euler"])
+    load_config(write(sprint), ["--scheduler.vis_sampler=flow_euler", "--model.cfg_embed=false"])  # a teacher
     assert transformer_overrides(load_config(write("")))["pe_base_size"] is None
     unnamed = load_config(write("model: {model: custom, use_pe: true}"))
     with pytest.raises(

@@ -120,6 +120,15 @@ def test_unreadable_files(tmp_path):
             "scheduler.vis_sampler=scm",
             "scheduler.vis_sampler: scm belongs to Sprint models (SanaMSCM_...), model.model is",
         ),
+        (
+            "model.cfg_embed=true",
+            "model.cfg_embed: true belongs to Sprint models (SanaMSCM_...), model.model is",
+        ),
+        ("model.cfg_embed_scale=0", "model.cfg_embed_scale: expected a number above 0, got 0.0"),
+        (
+            "scheduler.timestep_norm_scale_factor=0",
+            "scheduler.timestep_norm_scale_factor: expected a number above 0, got 0.0",
+        ),
         ("model.class_dropout_prob=1.5", "model.class_dropout_prob: expected a number from 0 to 1, got 1.5"),
         ("train.seed=-1", "train.seed: expected a number of at least 0, got -1"),
         ("train.max_steps=0", "train.max_steps: expected a number above 0, got 0"),

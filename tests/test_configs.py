@@ -22,6 +22,8 @@ PARAMETERS = {  # trainable, as published; (model, q/k norms)
     ("SanaMS_1600M_P1_D20", False): 1_604_462_752,
     ("SanaMS_1600M_P1_D20", True): 1_604_641_952,
     ("SanaMS_4800M_P1_D60", True): 4_721_825_952,
+    ("SanaMSCM_600M_P1_D28", True): 593_501_216,  # without the head for the log-variance, 1153 more
+    ("SanaMSCM_1600M_P1_D20", True): 1_610_237_472,
 }
 
 CAME = {
@@ -33,6 +35,30 @@ CAME = {
 }
 CAME_8BIT = {**CAME, "type": "CAME8BitWrapper", "block_size": 2048, "min_8bit_size": 16384}
 ADAMW = {"type": "AdamW", "lr": 1e-4, "weight_decay": 0.01, "betas": [0.9, 0.999], "eps": 1e-8}
+
+SPRINT = {
+    "data.external_caption_suffixes": (),
+    "data.external_clipscore_suffixes": (),
+    "data.del_img_clip_thr": 22.0,
+    "data.load_vae_feat": True,
+    "model.model": "SanaMSCM_1600M_P1_D20",
+    "model.qk_norm": True,
+    "model.cross_norm": True,
+    "model.cfg_embed": True,
+    "model.cfg_embed_scale": 0.1,
+    "model.class_dropout_prob": 0.0,
+    "model.cfg_scale": 5.0,
+    "scheduler.flow_shift": 1.0,
+    "scheduler.weighting_scheme": "logit_normal_trigflow",
+    "scheduler.logit_mean": 0.2,
+    "scheduler.logit_std": 1.6,
+    "scheduler.vis_sampler": "scm",
+    "scheduler.timestep_norm_scale_factor": 1000.0,
+    "train.seed": 42,
+    "train.train_batch_size": 16,
+    "train.optimizer": {**CAME, "lr": 2e-6},
+    "train.lr_schedule_args": {"num_warmup_steps": 5000},
+}
 
 # What each published file says other than Sana_1600M_img1024.yaml.
 PUBLISHED = {
@@ -142,6 +168,12 @@ PUBLISHED = {
         "train.optimizer": {**CAME_8BIT, "lr": 2e-5},
         "train.resume_lr_scheduler": False,
     },
+    # But for the teacher in model.load_from.
+    "sana_sprint_config/1024ms/SanaSprint_1600M_1024px_allqknorm_bf16_scm_ladd.yaml": SPRINT,
+    "sana_sprint_config/1024ms/SanaSprint_600M_1024px_allqknorm_bf16_scm_ladd.yaml": {
+        **SPRINT,
+        "model.model": "SanaMSCM_600M_P1_D28",
+    },
 }
 
 
@@ -183,6 +215,12 @@ def test_config_loads_and_builds_its_model(name, caplog):
         assert count == PARAMETERS[config.model.model, config.model.cross_norm]
     assert config.model.pag_applied_layers[-1] < len(model.blocks)
     assert config.model.cross_norm == config.model.qk_norm
+    sprint = config.model.model.startswith("SanaMSCM")
+    assert (model.config.cfg_embed, model.config.timestep_norm_scale_factor) == (
+        sprint,
+        1000 if sprint else 1,
+    )
+    assert model.config.clamp_attention == (config.model.mixed_precision == "fp16")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -14,7 +14,7 @@ Faults = Iterator[tuple[str, str]]  # dotted key, what is wrong with its value
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.transform": ("default_train",),
-    "data.caption_selection_type": ("clipscore", "proportion"),
+    "data.caption_selection_type": ("clipscore", "softmax", "proportion"),
     "model.mixed_precision": ("fp16", "bf16", "fp32"),
     "model.attn_type": ("linear",),
     "model.ffn_type": ("glumbconv",),
@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "scheduler.pred_sigma": (False,),
     "scheduler.weighting_scheme": ("logit_normal", "uniform", None, "logit_normal_trigflow"),
     "scheduler.vis_sampler": ("flow_dpm-solver", "flow_euler", "scm"),
+    "train.weight_decay_on": ("all", "matrices"),
     "train.lr_schedule": ("constant", "cosine", "cosine_decay_to_constant"),
     "report_to": ("tensorboard", "wandb", "none"),
 }
@@ -38,12 +39,14 @@ _ABOVE_ZERO = (
     "model.linear_head_dim",
     "model.mlp_ratio",
     "model.pe_interpolation",
+    "model.cfg_embed_scale",
     "vae.vae_latent_dim",
     "vae.vae_downsample_rate",
     "text_encoder.caption_channels",
     "scheduler.flow_shift",
     "scheduler.inference_flow_shift",
     "scheduler.logit_std",
+    "scheduler.timestep_norm_scale_factor",
     "train.train_batch_size",
     "train.gradient_accumulation_steps",
     "train.num_epochs",
@@ -56,16 +59,20 @@ _ABOVE_ZERO = (
     "train.save_model_steps",
     "train.save_model_epochs",
     "train.eval_metric_step",
+    "train.keep_checkpoints",
+    "train.hang_minutes",
 )
 _AT_LEAST_ZERO = (
     "train.seed",
     "train.num_workers",
     "train.skip_step",
+    "train.nonfinite_limit",
+    "train.heldout_samples",
     "model.cfg_scale",
     "text_encoder.y_norm_scale_factor",
 )
-_PROBABILITIES = ("model.class_dropout_prob", "train.ema_rate")
-_MAY_BE_INFINITE = ("train.gradient_clip", "train.early_stop_hours")
+_PROBABILITIES = ("data.bad_sample_limit", "model.class_dropout_prob", "train.ema_rate")
+_MAY_BE_INFINITE = ("train.gradient_clip", "train.early_stop_hours", "train.hang_minutes")
 
 
 def check(config: SanaConfig, source: str) -> None:
@@ -97,7 +104,7 @@ def _value_faults(config: SanaConfig) -> Faults:
 
 
 def _agreement_faults(config: SanaConfig) -> Faults:
-    model, scheduler, text = config.model, config.scheduler, config.text_encoder
+    model, text = config.model, config.text_encoder
     size, table, rate = model.image_size, model.aspect_ratio_type, config.vae.vae_downsample_rate
     if config.data.image_size != size:
         yield "data.image_size", f"{config.data.image_size} differs from model.image_size, {size}"
@@ -118,11 +125,24 @@ def _agreement_faults(config: SanaConfig) -> Faults:
             "text_encoder.model_max_length",
             f"expected at least 2 (start token and prompt), got {text.model_max_length}",
         )
-    for key, value in (("weighting_scheme", "logit_normal_trigflow"), ("vis_sampler", "scm")):
-        if getattr(scheduler, key) == value and not model.model.startswith("SanaMSCM"):
+    yield from _sprint_faults(config)
+
+
+def _sprint_faults(config: SanaConfig) -> Faults:
+    name, sampler = config.model.model, config.scheduler.vis_sampler
+    if name.startswith("SanaMSCM"):
+        if config.model.cfg_embed and sampler != "scm":  # without it: a teacher, which is a flow model
+            yield "scheduler.vis_sampler", f"Sprint models ({name}) are sampled by scm, got {sampler}"
+        return
+    for key, value in (
+        ("model.cfg_embed", True),
+        ("scheduler.weighting_scheme", "logit_normal_trigflow"),
+        ("scheduler.vis_sampler", "scm"),
+    ):
+        if attrgetter(key)(config) == value:
             yield (
-                f"scheduler.{key}",
-                f"{value} belongs to Sprint models (SanaMSCM_...), model.model is {model.model}",
+                key,
+                f"{_yaml(value)} belongs to Sprint models (SanaMSCM_...), model.model is {name}",
             )
 
 

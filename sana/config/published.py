@@ -27,6 +27,7 @@ RENAMED: dict[str, Rename] = {
 }
 
 RENAMED_VALUES: dict[str, dict[str, str]] = {
+    "model.model": {"SanaMSCM_600M_P1_D20": "SanaMSCM_600M_P1_D28"},
     "vae.vae_type": {"dc-ae": "AutoencoderDC"},
     "vae.vae_pretrained": {
         name: f"{name}-diffusers"
@@ -37,7 +38,8 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
         )
     },
 }
-"""Old values of a key: the native autoencoder files and their twins in the format that is read here."""
+"""Old values of a key: the native autoencoder files and their twins in the format that is read here; and the model of
+the published Sprint 0.6B file, which has never been: that network has 28 blocks."""
 
 _ADAMW = {"eps": 1e-10, "lr": 1e-4, "type": "AdamW", "weight_decay": 0.03}
 
@@ -97,22 +99,19 @@ _WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
         "train.cp_size": 0,
         "train.lr_scale": None,
     },
-    "for SANA-Sprint": {
+    "cancels out in sampling": {"scheduler.sigma_data": 1.0},
+    "for training SANA-Sprint, which is not available": {
         "model.teacher": None,
         "model.teacher_model": None,
         "model.teacher_model_weight_dtype": None,
         "model.discriminator_model": None,
         "model.logvar": False,
-        "model.cfg_embed": False,
-        "model.cfg_embed_scale": 1.0,
         "model.ladd_multi_scale": True,
         "model.head_block_ids": None,
         "scheduler.weighting_scheme_discriminator": "logit_normal_trigflow",
         "scheduler.add_noise_timesteps": [1.5708],
         "scheduler.logit_mean_discriminator": 0.0,
         "scheduler.logit_std_discriminator": 1.0,
-        "scheduler.sigma_data": 1.0,
-        "scheduler.timestep_norm_scale_factor": 1.0,
         "scheduler.pretrain_timestep_norm_scale_factor": 1.0,
         "scheduler.discrete_norm_timestep": False,
         "train.optimizer_D": _ADAMW,
@@ -161,9 +160,6 @@ INERT: dict[str, Inert] = {
 
 NOT_YET = (
     "model.resume_from.load_ema",
-    "train.use_fsdp",
-    "train.load_from_optimizer",
-    "train.load_from_lr_scheduler",
     "train.skip_step",
     "train.online_metric",
     "train.debug_nan",

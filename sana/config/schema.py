@@ -32,8 +32,9 @@ class DataConfig:
     """What is trained on: images, captions, and which caption of an image is used."""
 
     type: str = "SanaWebDatasetMS"
-    """Kind of dataset: `SanaWebDatasetMS` (tar shards with wids-meta.json), `SanaImgDataset` (a folder with
-    meta_data.json) or `SanaShapes` (procedural scenes drawn on the fly, no files)."""
+    """Kind of dataset: `SanaWebDatasetMS` (tar shards; wids-meta.json is read where there is one), `SanaImgDataset` (a
+    folder of pictures; meta_data.json likewise), `SanaHFDataset` (a folder of the Hugging Face datasets library) or
+    `SanaShapes` (procedural scenes drawn on the fly, no files)."""
     data_dir: tuple[str, ...] = ()
     """Dataset folders, also when there is one: `[data/toy_data]`. Unused by `SanaShapes`."""
     image_size: Optional[int] = None
@@ -43,8 +44,9 @@ class DataConfig:
     transform: str = "default_train"
     """Preprocessing; `default_train` (resize the shorter side, centre crop, scale to [-1, 1]) is the only one."""
     caption_selection_type: str = "clipscore"
-    """How one of an image's captions is chosen: `clipscore` (by the scores in `external_clipscore_suffixes`) or
-    `proportion` (by the weights in `caption_proportion`)."""
+    """How one of an image's captions is chosen: by the scores in `external_clipscore_suffixes`, as a power law
+    (`clipscore`, what the published code does) or as `softmax` (what the paper writes), or by the weights in
+    `caption_proportion` (`proportion`)."""
     caption_proportion: dict[str, int] = field(default_factory=lambda: {"prompt": 1})
     """Weight of each caption type; matters only with `caption_selection_type: proportion`."""
     external_caption_suffixes: tuple[str, ...] = ()
@@ -55,17 +57,26 @@ class DataConfig:
     clip_thr: float = 0.0
     """Captions with a CLIP score (about 0 to 40) below this are not sampled; if none reaches it, the best is taken."""
     clip_thr_temperature: float = 1.0
-    """T > 0 of the caption choice: probability proportional to score^(1/T); small values prefer the best caption."""
+    """T > 0 of the caption choice: probability proportional to score^(1/T), for `softmax` to exp(score/T); small values
+    prefer the best caption. Below 0.01 it counts as 0.01."""
     del_img_clip_thr: float = 0.0
-    """Images whose own caption scores below this are left out of the batches; 0 keeps all."""
+    """Images whose own caption (kind `prompt`, in the sidecar `_prompt_clip_score`) scores below this are left out; 0
+    keeps all, as does an image without that score."""
     hq_only: bool = False
     """Keep only samples marked `high_quality`; for `SanaWebDatasetMS`."""
     sort_dataset: bool = False
     """Read the shards in the order of their numbers instead of the order of wids-meta.json."""
     load_text_feat: bool = False
-    """Captions are stored text features (`.npz`), so that no text encoder is loaded in training."""
+    """Captions are stored text features (`.npz`). Not read here: training says so and encodes captions."""
     load_vae_feat: bool = False
-    """Images are stored latents (`.npy`, already multiplied by the autoencoder's scaling factor)."""
+    """Images are stored latents (`.npy`). Not read here: training says so and encodes pictures."""
+    image_column: Optional[str] = None
+    """Column of the pictures, for `SanaHFDataset`. Empty: the only column of pictures. Not a published key."""
+    caption_column: Optional[str] = None
+    """Column of the captions, for `SanaHFDataset`. Empty: `prompt`, `caption` or `text`. Not a published key."""
+    bad_sample_limit: float = 0.01
+    """Largest share, in [0, 1], of samples that may be unreadable; beyond it training stops. Above 0, one always may.
+    Each is named in `work_dir/bad_samples.jsonl`, and the next of its size takes its place. Not a published key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +108,8 @@ class ModelConfig:
     multi_scale: bool = True
     """Train on the bucket sizes of the table, each batch of one ratio; false: squares of `image_size` only."""
     mixed_precision: str = "fp16"
-    """`fp16`, `bf16` or `fp32`: dtype of the transformer in inference, of autocast in training (parameters stay fp32)."""
+    """`fp16`, `bf16` or `fp32`: dtype of the transformer in inference, of autocast in training (parameters stay fp32).
+    With `fp16`, self-attention's output is clipped to fp16's range in whatever dtype it runs, as such weights expect."""
     fp32_attention: bool = True
     """Compute the linear attention's sums over tokens in float32. They overflow fp16 beyond a few thousand tokens."""
     load_from: Optional[str] = None
@@ -123,6 +135,10 @@ class ModelConfig:
     """RMS norm of queries and keys in self attention; true for SANA-1.5, must match the weights."""
     cross_norm: bool = False
     """The same in cross attention."""
+    cfg_embed: bool = False
+    """Take the guidance scale as an input of the network, embedded; true for Sprint, must match the weights."""
+    cfg_embed_scale: float = 1.0
+    """Multiplies the guidance scale before it is embedded, > 0; 0.1 in Sprint. Matters only with `cfg_embed`."""
     class_dropout_prob: float = 0.0
     """Probability in [0, 1] that a training caption is replaced by the null caption; guidance needs about 0.1.
     No effect in inference."""
@@ -196,7 +212,9 @@ class SchedulerConfig:
     logit_std: float = 1.0
     """Its standard deviation, > 0; larger spreads to the ends."""
     vis_sampler: str = "flow_dpm-solver"
-    """Sampler of SanaPipeline and of validation images: `flow_dpm-solver` or `flow_euler`. `scm` is Sprint's."""
+    """Sampler of SanaPipeline and of validation images: `flow_dpm-solver` or `flow_euler`; for Sprint `scm`."""
+    timestep_norm_scale_factor: float = 1.0
+    """Divides the network's time before it is embedded, > 0; 1000 for Sprint, must match the weights."""
 
     @property
     def sampling_shift(self) -> float:
@@ -224,6 +242,8 @@ class TrainConfig:
     """Save and stop after this many hours, > 0. Called `training_hours` in older files."""
     grad_checkpointing: bool = False
     """Recompute each block in the backward pass: much less memory, about a third more time."""
+    compile: bool = False
+    """Compile each block of the transformer with torch.compile; the first steps then take minutes. Not a published key."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient, > 0; `.inf` is off. 0.1 in the published runs."""
     use_fsdp: bool = False
@@ -232,7 +252,7 @@ class TrainConfig:
         default_factory=lambda: {"type": "AdamW", "lr": 1e-4, "weight_decay": 0.03, "eps": 1e-10},
         metadata={"entries": OPTIMIZER_ENTRIES},
     )
-    """`type` (AdamW, CAMEWrapper, CAME8BitWrapper, ...), `lr`, and that optimizer's own arguments. CAME takes three
+    """`type` (AdamW, Adam, SGD, AdamW8bit, CAMEWrapper, CAME8BitWrapper), `lr`, and that optimizer's own arguments. CAME takes three
     betas and two eps, Adam-like ones two and one. A file that sets it replaces it as a whole; an override such as
     `--train.optimizer.lr=1e-5` changes one entry. Weight decay acts on every parameter."""
     auto_lr: Optional[dict[str, str]] = field(
@@ -240,6 +260,9 @@ class TrainConfig:
     )
     """Scale `optimizer.lr` with the whole batch (all GPUs, accumulated): `{rule: sqrt}` by sqrt(batch / 256),
     `{rule: linear}` by batch / 256. On by default, as published; null uses the rate as it is written."""
+    weight_decay_on: str = "all"
+    """Which parameters `optimizer.weight_decay` acts on: `all`, as published, or `matrices`, which spares biases, norms and
+    modulation tables. Not a published key."""
     lr_schedule: str = "constant"
     """After warm-up: `constant`, `cosine`, or `cosine_decay_to_constant`."""
     lr_schedule_args: dict[str, Any] = field(
@@ -264,7 +287,7 @@ class TrainConfig:
     visualize: bool = False
     """Draw validation images every `eval_sampling_steps`."""
     eval_sampling_steps: int = 250
-    """Optimizer steps between validation images."""
+    """Optimizer steps between validations: the held-out loss, and images with `visualize`."""
     eval_batch_size: int = 16
     """Validation images drawn at once."""
     validation_prompts: tuple[str, ...] = (
@@ -283,6 +306,17 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     save_model_epochs: int = 1
     """Epochs between checkpoints."""
+    keep_checkpoints: Optional[int] = None
+    """Keep this many of the newest checkpoints, at least 1. Empty: all. Not a published key."""
+    nonfinite_limit: int = 20
+    """Most steps in a row whose loss or gradient is not finite; they are left out, and one more stops the run. Not a
+    published key."""
+    hang_minutes: float = 30.0
+    """A process in which nothing happens for so long (a step, a validation, a save) writes down where its threads are and
+    ends; > 0, `.inf` is off. Not a published key."""
+    heldout_samples: int = 32
+    """Pictures kept out of training, at most one in a hundred, on which the loss is measured every `eval_sampling_steps`
+    at fixed times with fixed noise; 0 is off. Not a published key."""
     online_metric: bool = False
     """Evaluate checkpoints while training goes on."""
     eval_metric_step: int = 5000

@@ -23,6 +23,9 @@ def transformer_overrides(config: SanaConfig) -> dict[str, Any]:
         "model_max_length": text.model_max_length,
         "qk_norm": model.qk_norm,
         "cross_norm": model.cross_norm,
+        "cfg_embed": model.cfg_embed,
+        "cfg_embed_scale": model.cfg_embed_scale,
+        "timestep_norm_scale_factor": config.scheduler.timestep_norm_scale_factor,
         "use_pe": model.use_pe,
         "pe_interpolation": model.pe_interpolation,
         "pe_base_size": _tokens_a_side(config) if model.use_pe else None,
@@ -30,6 +33,7 @@ def transformer_overrides(config: SanaConfig) -> dict[str, Any]:
         "y_norm_scale_factor": text.y_norm_scale_factor,
         "class_dropout_prob": model.class_dropout_prob,
         "fp32_attention": model.fp32_attention,
+        "clamp_attention": model.mixed_precision == "fp16",
         "gradient_checkpointing": config.train.grad_checkpointing,
     }
 

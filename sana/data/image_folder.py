@@ -1,16 +1,19 @@
-"""A folder of pictures, each `NAME.{png,jpg,jpeg,webp}` with its caption in `NAME.txt`, as square training images."""
+"""A folder of pictures, each `NAME.{png,jpg,jpeg,webp}` with its caption in `NAME.txt` or in `NAME<suffix>.json`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from sana.data.buckets import header_size, load_picture
+from sana.data.captions import parsed, scores_of, texts_of
+from sana.data.pictures import Pictures, Reading, indexed, state_of
+from sana.data.quarantine import UNREADABLE
 from sana.utils.seeding import derive_seed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+META = "meta_data.json"
 
 
 def load_square(path: str | Path, size: int) -> Tensor:
@@ -19,52 +22,113 @@ def load_square(path: str | Path, size: int) -> Tensor:
     Raises:
         ValueError: it cannot be read as a picture.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.fit(
-                ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC
-            )
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL's readers raise for a broken file
-        raise ValueError(f"cannot read the picture {path}: {error}") from error
-    return to_tensor(np.asarray(image))
+    return load_picture(path, (size, size))
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """Pixels (H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+class ImageFolder(Pictures):
+    """The pictures of some folders, in the order of their names, or of `meta_data.json` where a folder has one.
 
+    Args:
+        reading: how; a number makes squares of that side.
 
-class ImageFolder:
-    """The pictures of some folders, in the order of their names: the same everywhere."""
+    Raises:
+        ValueError: no such folder, no picture in it, or a `meta_data.json` of another form.
+    """
 
-    def __init__(self, folders: Sequence[str | Path], size: int) -> None:
-        self.size = size
+    caption_hint = "write it on the first line of NAME.txt, or name the suffixes of NAME<suffix>.json"
+
+    def __init__(self, folders: Sequence[str | Path], reading: Reading | int) -> None:
+        super().__init__(Reading.of(reading))
         self.paths: list[Path] = []
+        bad: list[tuple[str, str]] = []
         for folder in map(Path, folders):
             if not folder.is_dir():
                 raise ValueError(f"no such folder of pictures: {folder}")
-            self.paths += sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
+            found, missing = _listed(folder)
+            self.paths += found
+            bad += [(str(path), f"named in {META}, but there is no such picture") for path in missing]
         if not self.paths:
             raise ValueError(f"no picture ({', '.join(EXTENSIONS)}) in {', '.join(map(str, folders))}")
+        if self.reading.minimal_score > 0:
+            self.paths = [path for path in self.paths if self._own_score(path) >= self.reading.minimal_score]
+        states = [state_of(path) for path in self.paths]
+        sizes = None
+        if self.frame.table is not None:
+            place = self.reading.index_dir and self.reading.index_dir / f"{derive_seed(states):016x}.json"
+            found = indexed([place] if place else [], states, self._headers)
+            bad += [
+                (str(path), size)
+                for path, size in zip(self.paths, found, strict=True)
+                if isinstance(size, str)
+            ]
+            kept = [i for i, size in enumerate(found) if not isinstance(size, str)]
+            self.paths, states = [self.paths[i] for i in kept], [states[i] for i in kept]
+            sizes = [tuple(found[i]) for i in kept]
         # What is on disk decides what the pictures are, also when a file is replaced by another of its name.
-        states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
-        self.name = f"pictures-{size}-{derive_seed(states):016x}"
+        self._complete("pictures", states, bad, sizes)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def image(self, index: int) -> Tensor:
-        """Picture `index`: (3, size, size) in [-1, 1]."""
-        return load_square(self.paths[index], self.size)
+    def label(self, index: int) -> str:
+        """Path of picture `index`."""
+        return str(self.paths[index])
 
-    def caption(self, index: int, epoch: int = 0) -> str:
-        """The first line of `NAME.txt`.
+    def _content(self, index: int) -> Path:
+        return self.paths[index]
 
-        Raises:
-            ValueError: there is none.
-        """
-        path = self.paths[index].with_suffix(".txt")
-        lines = path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else []
-        if not lines:
-            raise ValueError(f"{self.paths[index]} has no caption: write it on the first line of {path.name}")
-        return lines[0].strip()
+    def _headers(self) -> list[tuple[int, int] | str]:
+        """(height, width) of each picture, or why it has none."""
+        sizes: list[tuple[int, int] | str] = []
+        for path in self.paths:
+            try:
+                sizes.append(header_size(path))
+            except UNREADABLE as error:
+                sizes.append(f"cannot read the picture: {error}")
+        return sizes
+
+    def _described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
+        path = self.paths[index]
+        texts: dict[str, str] = {}
+        plain = path.with_suffix(".txt")
+        if plain.is_file():
+            texts["prompt"] = (plain.read_text(encoding="utf-8-sig").strip().splitlines() or [""])[0]
+        for suffix in self.reading.caption_suffixes:
+            texts |= texts_of(_sidecar(path, suffix))
+        scores: dict[str, float] = {}
+        for suffix in self.reading.score_suffixes:
+            scores |= scores_of(_sidecar(path, suffix), f"{path.stem}{suffix}.json")
+        return texts, scores
+
+    def _own_score(self, path: Path) -> float:
+        """CLIP score of the picture's own caption; 100 where it is not known, as in the reference."""
+        try:
+            found = _sidecar(path, "_prompt_clip_score")
+            return scores_of(found, f"{path.stem}_prompt_clip_score.json").get("prompt", 100.0)
+        except UNREADABLE:
+            return 100.0  # the reader of captions names this file, if its suffix is configured
+
+
+def _sidecar(path: Path, suffix: str) -> Mapping[str, Any]:
+    """What `NAME<suffix>.json` says of NAME; nothing where there is no such file."""
+    sidecar = path.with_name(f"{path.stem}{suffix}.json")
+    return parsed(sidecar.read_bytes(), path.stem, sidecar.name) if sidecar.is_file() else {}
+
+
+def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(pictures of a folder, pictures that its `meta_data.json` names and that are not there)."""
+    if not (folder / META).is_file():
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS), []
+    names = parsed((folder / META).read_bytes(), None, str(folder / META)).get("img_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{folder / META} has no list of texts "img_names"')
+    found, missing = [], []
+    for name in names:
+        named = folder / name
+        # Older files name pictures without their extension; those are .png, but any is taken.
+        tried = (
+            [named] if named.suffix.lower() in EXTENSIONS else [folder / f"{name}{end}" for end in EXTENSIONS]
+        )
+        there = [path for path in tried if path.is_file()]
+        (found if there else missing).append(there[0] if there else tried[0])
+    return found, missing

@@ -1,85 +1,21 @@
-"""Which samples a step sees, and their loading.
-
-The order is a pure function of (seed, step): shuffled in each epoch, without replacement, the same global batch on any
-number of processes. So a run resumes at a step without replaying anything, and an epoch loses no tail: its last batch is
-filled up from the epoch's beginning, and a set smaller than a batch repeats.
-"""
+"""The loading of batches: what each process reads for each step, and what takes the place of a sample that cannot be read."""
 
 from __future__ import annotations
 
-import functools
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sana.config import ConfigError, SanaConfig
-from sana.data.image_folder import ImageFolder
-from sana.data.shapes import ShapesDataset
-from sana.utils.seeding import generator
+from sana.data.build import build_dataset
+from sana.data.order import Order
+from sana.data.pictures import Samples
+from sana.data.quarantine import UNREADABLE, TooManyBadSamples
 
-
-class Samples(Protocol):
-    """What a data set must answer."""
-
-    name: str
-    """Says what the pictures are: equal names, equal pictures. Keys the latent cache."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> Tensor:
-        """(3, size, size) in [-1, 1]."""
-
-    def caption(self, index: int, epoch: int) -> str:
-        """One caption of picture `index`."""
-
-
-def build_dataset(config: SanaConfig) -> Samples:
-    """The data set that a config names.
-
-    Raises:
-        ConfigError: it cannot be trained on.
-        ValueError: its folders hold no pictures.
-    """
-    data, size = config.data, config.model.image_size
-    if config.model.multi_scale:
-        raise ConfigError(
-            f"model.multi_scale: {data.type} gives square images so far; set --model.multi_scale=false"
-        )
-    if data.type == "SanaShapes":
-        return ShapesDataset(size, data.num_scenes)
-    if data.type == "SanaImgDataset":
-        return ImageFolder(data.data_dir, size)
-    raise ConfigError(f"data.type: {data.type} cannot be trained on so far; use SanaShapes or SanaImgDataset")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """The shuffled order of `num_samples` in global batches of `batch_size` (all processes and accumulation together)."""
-
-    num_samples: int
-    batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches in an epoch."""
-        return -(-self.num_samples // self.batch_size)
-
-    def batch(self, step: int) -> tuple[int, list[int]]:
-        """(epoch, sample numbers) of the global batch of a step, both counted from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        permutation = _permutation(self.num_samples, self.seed, epoch)
-        places = torch.arange(position * self.batch_size, (position + 1) * self.batch_size) % self.num_samples
-        return epoch, permutation[places].tolist()
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_samples, generator=generator("order", seed, epoch))
+__all__ = ["Batch", "Order", "Samples", "batches", "build_dataset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,23 +26,55 @@ class Batch:
     """Images (B, 3, H, W) in [-1, 1], or scaled latents (B, C, h, w) from the cache."""
     captions: list[str]
     samples: list[tuple[int, int]]
-    """(epoch, sample number) of each: what its noise, timestep and caption dropout are drawn from."""
+    """(pass, sample number) of each place: what its noise, timestep, caption and caption dropout are drawn from. The pass
+    is the epoch, but for repeats within an epoch (`Order.keys`)."""
+    replaced: dict[int, int]
+    """Sample number -> the one loaded in its place, for those that cannot be read."""
+
+
+Item = tuple[
+    Tensor, str, tuple[int, int], int
+]  # pixels, caption, key of the place, number of the sample loaded
 
 
 class _Items(Dataset):
-    """(epoch, index) -> (pixels, caption, (epoch, index))."""
+    """(pass, index) -> the sample, or the one that takes its place."""
 
     def __init__(self, samples: Samples, pixels: Callable[[int], Tensor]) -> None:
         self.samples, self.pixels = samples, pixels
+        self.bad: set[int] = set()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str, tuple[int, int]]:
-        epoch, index = key
-        return self.pixels(index), self.samples.caption(index, epoch), key
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        try:
+            return self._readable(*key)
+        except TooManyBadSamples:
+            raise
+        except Exception as error:
+            # Some exceptions (SafetensorError) cannot be sent from a worker to the main process, which then waits for ever.
+            text = "".join(traceback.format_exception(error))
+            raise RuntimeError(f"reading sample {key[1]} failed:\n{text}") from error
+
+    def _readable(self, epoch: int, index: int) -> Item:
+        samples, count = self.samples, len(self.samples)
+        size = samples.size(index)
+        for step in range(count):
+            other = (index + step) % count
+            if other in self.bad or samples.size(other) != size:
+                continue
+            try:
+                return self.pixels(other), samples.caption(other, epoch), (epoch, index), other
+            except UNREADABLE as error:
+                if samples.quarantine is None:
+                    raise
+                self.bad.add(other)
+                samples.quarantine.add(samples.label(other), error)
+        raise ValueError(f"no sample of {size[0]} x {size[1]} pixels can be read")
 
 
-def _collate(items: list[tuple[Tensor, str, tuple[int, int]]]) -> Batch:
-    pixels, captions, samples = zip(*items, strict=True)
-    return Batch(pixels=torch.stack(pixels), captions=list(captions), samples=list(samples))
+def _collate(items: list[Item]) -> Batch:
+    pixels, captions, keys, loaded = zip(*items, strict=True)
+    replaced = {index: other for (_, index), other in zip(keys, loaded, strict=True) if index != other}
+    return Batch(pixels=torch.stack(pixels), captions=list(captions), samples=list(keys), replaced=replaced)
 
 
 def batches(
@@ -124,15 +92,24 @@ def batches(
 
     Args:
         pixels: index -> what to train on; None takes `samples.image`.
+
+    Raises:
+        ValueError: the global batch cannot be shared out evenly.
     """
+    parts = world_size * accumulation
+    if order.batch_size % parts:
+        raise ValueError(
+            f"a global batch of {order.batch_size} samples is not a multiple of {world_size} processes times "
+            f"{accumulation} batches in a step"
+        )
 
     def keys() -> Iterator[list[tuple[int, int]]]:
-        step, share = first_step, order.batch_size // (world_size * accumulation)
+        step, share = first_step, order.batch_size // parts
         while True:
-            epoch, indices = order.batch(step)
+            whole = order.keys(step)
             for part in range(accumulation):
                 start = (part * world_size + rank) * share
-                yield [(epoch, index) for index in indices[start : start + share]]
+                yield whole[start : start + share]
             step += 1
 
     items = _Items(samples, pixels or samples.image)

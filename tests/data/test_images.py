@@ -1,12 +1,18 @@
 """The two sets of pictures: a folder, and the shapes."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sana.data.buckets import Frame, load_picture
 from sana.data.image_folder import ImageFolder, load_square
+from sana.data.pictures import Reading
 from sana.data.shapes import ShapesDataset
+from sana.resolution import TABLES
 from sana.shapes.render import render
 from sana.shapes.splits import is_training_scene, training_scene
 
@@ -79,3 +85,95 @@ def test_validation_shapes_are_held_out():
         ShapesDataset(64, 5, split="test")
     with pytest.raises(ValueError, match="num_scenes=0"):
         ShapesDataset(64, 0)
+
+
+BUCKETS = Frame(size=256, table=TABLES["ASPECT_RATIO_256"], table_name="ASPECT_RATIO_256", multiple=32)
+
+
+def test_meta_data_names_the_pictures_where_it_is_there(tmp_path):
+    for name in ("a.png", "b.jpg", "c.png", "left_out.png"):
+        write(tmp_path, name, caption=name)
+    names = {"name": "x", "__kind__": "Sana-ImgDataset", "img_names": ["c", "b.jpg", "a", "gone"]}
+    (tmp_path / "meta_data.json").write_text(json.dumps(names))
+    folder = ImageFolder([tmp_path], 32)
+    assert [folder.caption(i) for i in range(len(folder))] == ["c.png", "b.jpg", "a.png"]
+    assert list(folder.quarantine.reasons) == [str(tmp_path / "gone.png")]
+    (tmp_path / "meta_data.json").write_text('{"img_names": "c"}')
+    with pytest.raises(ValueError, match='meta_data.json has no list of texts "img_names"'):
+        ImageFolder([tmp_path], 32)
+
+
+def test_sidecars_and_their_scores(tmp_path):
+    write(tmp_path, "0001.png", caption="by hand")
+    (tmp_path / "0001_VILA.json").write_text('{"0001": {"VILA": "by VILA"}}')
+    (tmp_path / "0001.json").write_text('{"0001": {"Intern": "by Intern"}, "0002": {"x": "y"}}')
+    (tmp_path / "0001_score.json").write_text('{"0001": {"VILA": "27.5", "Intern": 21}}')
+    reading = Reading(
+        frame=Frame(size=32), caption_suffixes=("", "_VILA", "_none"), score_suffixes=("_score", "_none")
+    )
+    folder = ImageFolder([tmp_path], reading)
+    found = [(caption.kind, caption.text, caption.score) for caption in folder.captions(0)]
+    assert found == [
+        ("prompt", "by hand", None),
+        ("Intern", "by Intern", 21.0),
+        ("VILA", "by VILA", 27.5),
+    ]
+    assert len({folder.caption(0, epoch) for epoch in range(40)}) == 2, "those with a score"
+    drawn = [folder.caption(0, epoch) for epoch in range(40)]
+    assert drawn == [ImageFolder([tmp_path], reading).caption(0, epoch) for epoch in range(40)]
+    other = ImageFolder([tmp_path], replace(reading, seed=1))
+    assert drawn != [other.caption(0, epoch) for epoch in range(40)]
+    (tmp_path / "0001_score.json").write_text('{"0001": {"VILA": ')
+    with pytest.raises(ValueError, match="0001.png: 0001_score.json is not valid JSON"):
+        folder.caption(0)
+
+
+def test_pictures_whose_own_caption_scores_low_are_left_out(tmp_path):
+    for name, score in (("a.png", "21.9"), ("b.png", "22"), ("c.png", None)):
+        write(tmp_path, name, caption=name)
+        if score:
+            content = json.dumps({name[0]: {"prompt": score}})
+            (tmp_path / f"{name[0]}_prompt_clip_score.json").write_text(content)
+    folder = ImageFolder([tmp_path], Reading(frame=Frame(size=32), minimal_score=22.0))
+    assert [folder.caption(i) for i in range(len(folder))] == ["b.png", "c.png"]
+    with pytest.raises(ValueError, match="no sample is left after 0 that cannot be read and the filters"):
+        ImageFolder([tmp_path], Reading(frame=Frame(size=32), minimal_score=100.5))
+
+
+def test_buckets_of_a_folder(tmp_path):
+    write(tmp_path, "a.png", size=(200, 100))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (200, 100), (0, 255, 0)).save(tmp_path / "b.jpg", exif=turned)
+    write(tmp_path, "c.png", size=(50, 50))
+    (tmp_path / "d.png").write_bytes(b"\x89PNG not really")
+    reading = Reading(frame=BUCKETS, index_dir=tmp_path / "index")
+    folder = ImageFolder([tmp_path], reading)
+    assert [folder.size(i) for i in range(3)] == [(192, 352), (352, 192), (256, 256)]
+    assert [tuple(folder.image(i).shape[1:]) for i in range(3)] == [folder.size(i) for i in range(3)]
+    assert "d.png" in next(iter(folder.quarantine.reasons)) and len(folder) == 3
+    (kept,) = (tmp_path / "index").iterdir()
+    before = kept.stat().st_mtime_ns
+    again = ImageFolder([tmp_path], reading)
+    assert again.name == folder.name and kept.stat().st_mtime_ns == before, "headers are read once"
+    assert again.name != ImageFolder([tmp_path], 256).name
+
+
+def test_the_crop_covers_the_bucket_without_distortion(tmp_path):
+    pixels = np.zeros((300, 300, 3), np.uint8)
+    pixels[100:200, 100:200] = 255  # a square stays one
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = load_picture(tmp_path / "a.png", (192, 384))[0] > 0
+    rows, columns = image.any(1).sum().item(), image.any(0).sum().item()
+    assert rows == columns == 128  # scaled by 384 / 300
+
+
+def test_every_side_is_a_multiple_of_the_autoencoders_factor():
+    for h, w in TABLES["ASPECT_RATIO_256"].values():
+        found = BUCKETS.bucket(h, w)
+        assert all(side % 32 == 0 for side in found) and max(abs(found[0] - h), abs(found[1] - w)) <= 16
+    exact = Frame(size=1024, table=TABLES["ASPECT_RATIO_1024"], table_name="ASPECT_RATIO_1024", multiple=32)
+    assert [exact.bucket(*sides) for sides in exact.table.values()] == list(exact.table.values())
+    assert exact.resample == Image.Resampling.BICUBIC
+    large = Frame(size=2048, table=TABLES["ASPECT_RATIO_2048"], table_name="ASPECT_RATIO_2048", multiple=32)
+    assert large.resample == Image.Resampling.LANCZOS
