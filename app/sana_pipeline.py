@@ -1,6 +1,7 @@
 """The published import path of the pipeline: `from app.sana_pipeline import SanaPipeline`."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from sana import pipeline
@@ -20,8 +21,8 @@ class SanaPipeline(pipeline.SanaPipeline):
         """Call `progress_fn` after every step of every call; None stops that."""
         self._progress = progress_fn
 
+    @wraps(pipeline.SanaPipeline.__call__)
     def __call__(self, *args: Any, **settings: Any) -> Any:
-        """As `sana.pipeline.SanaPipeline.__call__`."""
         if self._progress is not None and settings.get("callback") is None:
             show = self._progress
             settings["callback"] = lambda step, total, x, x0: show(step / total, desc=f"step {step}/{total}")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sana import __version__
 from sana.data.prompts import Prompt
-from sana.pipeline import SAMPLERS, SanaPipeline, image_seed
+from sana.pipeline import NULL_MASKS, SAMPLERS, SanaPipeline, image_seed
 from sana.resolution import parse_prompt_size
 from sana.utils import distributed, images
 from sana.utils.files import write_atomic
@@ -51,6 +51,8 @@ class Settings:
     """None is the config's."""
     interval_guidance: tuple[float, float] = (0.0, 1.0)
     use_resolution_binning: bool = True
+    null_mask: str = "prompt"
+    """Which tokens of the negative prompt are seen: `prompt` as in the reference, `own` as in diffusers."""
     image_format: str = "png"
     """`png`, with prompt, seed and settings as text in the file, or `jpg`."""
     jpeg_quality: int = 95
@@ -59,6 +61,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.sampler!r}; choose from {', '.join(SAMPLERS)}")
+        if self.null_mask not in NULL_MASKS:
+            raise ValueError(f"unknown null_mask {self.null_mask!r}; choose from {', '.join(NULL_MASKS)}")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"the number of steps must be at least 1, got {self.num_inference_steps}")
         if self.image_format not in ("png", "jpg"):
@@ -88,6 +92,8 @@ class Settings:
         model = {
             "model": pipeline.config.model.model,
             "weights_sha256": pipeline.weights_sha256,
+            "loras": pipeline.loras,
+            "lowercase": pipeline.text_encoder.lowercase,
             "dtype": str(pipeline.dtype).removeprefix("torch."),
             "flow_shift": pipeline.flow_shift,
         }
@@ -348,6 +354,7 @@ def _draw(pipeline: SanaPipeline, batch: Sequence[Task], settings: Settings, bar
         seed=[task.seed for task in batch],
         sampler=settings.sampler,
         interval_guidance=settings.interval_guidance,
+        null_mask=settings.null_mask,
         output_type="pil",
         callback=lambda step, total, x, x0: bar.set_postfix_str(f"step {step}/{total}"),
     )

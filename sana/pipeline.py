@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana.config import SanaConfig, load_config, transformer_overrides
+from sana import loading
+from sana.config import SanaConfig, load_config
 from sana.diffusion.guidance import Guidance, guided
+from sana.diffusion.scm import FreshNoise, scm, scm_schedule
 from sana.diffusion.solvers import DEFAULT_STEPS, SOLVERS, Callback
+from sana.loading import DEFAULT_CONFIG
+from sana.loading import DTYPES as DTYPES  # the names of dtypes, for callers
+from sana.models import lora
 from sana.models.autoencoder import Autoencoder
-from sana.models.state_dict import load_into, load_transformer_state
-from sana.models.text_encoder import TextEncoder, TextFeatures
+from sana.models.sprint import TrigFlow
+from sana.models.state_dict import resolve_transformer
+from sana.models.text_encoder import NULL_MASKS, TextEncoder, TextFeatures, unconditional_mask
 from sana.models.transformer import SanaTransformer
-from sana.models.zoo import build_transformer
-from sana.resolution import TABLES, Table, nearest_bucket
-from sana.utils import distributed, hub, images, seeding
+from sana.resolution import TABLES, Table, nearest_bucket, parse_prompt_size
+from sana.utils import hub, images, seeding
 from sana.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT_CONFIG = "configs/sana_config/tiny/Sana_tiny_img256.yaml"
-"""The model that the repository trained itself and ships."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-"""Names in configs and on the command line -> dtype."""
 SAMPLERS = DEFAULT_STEPS
 """Names of the samplers -> their usual number of steps."""
+
+OUTPUT_TYPES = ("tensor", "pil", "latent")
 
 logger = get_logger(__name__)
 
@@ -46,8 +47,10 @@ class SanaPipeline:
 
     Attributes:
         config: the model's `SanaConfig`.
-        transformer, autoencoder, text_encoder: the three networks, on `device`.
+        transformer, autoencoder, text_encoder: the three networks. Before `from_pretrained` the transformer is on the
+            meta device: it has shapes and no memory.
         weights: file or folder of the transformer's weights; None before `from_pretrained`.
+        loras: (hash of the file, weight) of each adapter that is loaded.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class SanaPipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        lowercase: bool = False,
     ) -> None:
         """Build the networks of a config and load the weights that it names.
 
@@ -63,9 +67,11 @@ class SanaPipeline:
             config_path: a YAML file or a loaded config; None is the model shipped with the repository. If its
                 `model.load_from` is empty, call `from_pretrained` before drawing.
             device: None takes the GPU where there is one, that of this process under torchrun.
-            dtype: of the transformer, also by name ("bf16"). None is the config's `model.mixed_precision` on a GPU and
-                float32 on a CPU. The autoencoder runs in the config's `vae.weight_dtype` and the text encoder in
-                bfloat16, as the published ones were trained, both in float32 on a CPU.
+            dtype: of the transformer, also by name ("bf16"); one that the weights were not made for is refused. None is
+                the config's `model.mixed_precision` on a GPU, corrected where the weights need another, and float32 on
+                a CPU. The autoencoder runs in the config's `vae.weight_dtype` and the text encoder in bfloat16, as the
+                published ones were trained, both in float32 on a CPU.
+            lowercase: lower-case and strip prompts, as diffusers does. The published models were trained without.
 
         Raises:
             ValueError: a bad config, or a part of the model that is missing or does not fit.
@@ -73,32 +79,33 @@ class SanaPipeline:
         config = config_path
         if not isinstance(config, SanaConfig):
             config = load_config(hub.resolve(config or DEFAULT_CONFIG))
-        device = _device(device)
-        on_cpu = device.type == "cpu"
-        dtype = _dtype(dtype or ("fp32" if on_cpu else config.model.mixed_precision))
-        overrides = transformer_overrides(config)
-        if dtype == torch.bfloat16:
-            overrides["fp32_attention"] = False  # bfloat16 has float32's range: only float16 sums overflow
-        transformer = build_transformer(config.model.model, **overrides)
-        self._assemble(
-            config,
-            transformer.to(device, dtype).eval().requires_grad_(False),
-            Autoencoder.from_pretrained(
-                config.vae.vae_pretrained,
-                dtype=torch.float32 if on_cpu else _dtype(config.vae.weight_dtype),
-                device=device,
-            ),
-            TextEncoder.from_pretrained(
-                config.text_encoder.text_encoder_name,
-                max_length=config.text_encoder.model_max_length,
-                chi_prompt=config.text_encoder.chi_prompt,
-                dtype=torch.float32 if on_cpu else torch.bfloat16,
-                device=device,
-            ),
-        )
-        self._ready = False
-        if config.model.load_from:
-            self.from_pretrained(config.model.load_from)
+        device, dtype = loading.find_device(device), loading.find_dtype(dtype)
+        path, weights = config.model.load_from, None
+        if path:  # first: what is wrong with the weights is known before gigabytes of text encoder are read
+            transformer = loading.load_transformer(config, path, dtype=dtype, device=device)
+            weights = resolve_transformer(path)
+        else:
+            transformer = loading.empty_transformer(config)
+        autoencoder = loading.load_autoencoder(config, device)
+        text_encoder = loading.load_text_encoder(config, device, lowercase=lowercase)
+        self._assemble(config, transformer, autoencoder, text_encoder)
+        self.weights, self._ready, self._wanted_dtype = weights, weights is not None, dtype
+
+    @classmethod
+    def from_folder(cls, path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> SanaPipeline:
+        """A pipeline of a checkpoint alone, without a config: `sana.loading.config_for` finds or guesses one.
+
+        Args:
+            path: a diffusers pipeline folder, whose autoencoder and text encoder are used too; a .safetensors file with
+                its config in it; or any file or folder of transformer weights. Local, `hf://owner/repo/path` or
+                `owner/name`.
+            overrides: words that change its config, such as "scheduler.flow_shift=4".
+            settings: as in `SanaPipeline`.
+
+        Raises:
+            ValueError: nothing is there, or it is no checkpoint of a known architecture.
+        """
+        return cls(loading.config_for(path, overrides), **settings)
 
     @classmethod
     def from_components(
@@ -123,10 +130,24 @@ class SanaPipeline:
         autoencoder: Autoencoder,
         text_encoder: TextEncoder,
     ) -> None:
+        for what, has, needs in (
+            ("text encoder's width", text_encoder.hidden_size, transformer.config.caption_channels),
+            (
+                "autoencoder's number of latent channels",
+                autoencoder.latent_channels,
+                transformer.config.in_channels,
+            ),
+        ):
+            if has != needs:
+                raise ValueError(
+                    f"the {what} {has} is not the {needs} that the transformer reads: use its own parts"
+                )
         self.config, self.transformer = config, transformer
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.weights: Path | None = None
+        self.loras: tuple[tuple[str, float], ...] = ()
         self._weights_sha256: str | None = None
+        self._wanted_dtype: torch.dtype | None = transformer.dtype
         self._ready = True
         # Pixels that one token covers along each side: what an image's sides must be multiples of.
         self.multiple = autoencoder.downsample * transformer.config.patch_size
@@ -138,18 +159,38 @@ class SanaPipeline:
         }
 
     def from_pretrained(self, path: str | Path) -> SanaPipeline:
-        """Load the transformer's weights, strictly, and return self.
+        """Load the transformer's weights, strictly, and return self. Adapters that were loaded are gone.
 
         Args:
-            path: .pth or .safetensors file; `hf://owner/repo/path` is fetched.
+            path: .pth or .safetensors file, sharded index, or a diffusers folder (of the transformer or a whole
+                pipeline, of which only the transformer is read); `hf://owner/repo/path` and `owner/name` are fetched.
 
         Raises:
-            ValueError: nothing is there, or names or shapes differ from the model's.
+            ValueError: nothing is there, names or shapes differ from the model's, or the `dtype` that this pipeline was
+                made with is not one of those weights. The pipeline is then as it was.
         """
-        weights = hub.resolve(path)
-        load_into(self.transformer, load_transformer_state(weights))
-        self.weights, self._weights_sha256, self._ready = weights, None, True
+        self.transformer = loading.load_transformer(
+            self.config, path, dtype=self._wanted_dtype, device=self.device
+        )
+        self.weights = resolve_transformer(path)
+        self._weights_sha256, self._ready, self.loras = None, True, ()
         return self
+
+    def load_lora(self, path: str | Path, weight: float = 1.0) -> SanaPipeline:
+        """Add an adapter (LoRA, with the keys of peft or diffusers) to the transformer, times `weight`; returns self.
+
+        Raises:
+            ValueError: nothing is there, it does not fit the transformer, or no weights are loaded.
+        """
+        self._require_weights()
+        lora.load_lora(self.transformer, path, weight)
+        self.loras += ((hub.sha256(hub.resolve_model(path)), weight),)
+        return self
+
+    def unload_lora(self) -> None:
+        """Take all adapters away again."""
+        lora.unload_lora(self.transformer)
+        self.loras = ()
 
     @property
     def weights_sha256(self) -> str | None:
@@ -161,7 +202,7 @@ class SanaPipeline:
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return next(self.transformer.parameters()).device
+        return next(self.autoencoder.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,7 +221,7 @@ class SanaPipeline:
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str | Sequence[str] = "",
-        num_inference_steps: int | None = 20,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 4.5,
         pag_guidance_scale: float = 1.0,
         num_images_per_prompt: int = 1,
@@ -191,84 +232,131 @@ class SanaPipeline:
         seed: int | Sequence[int] | None = None,
         sampler: str | None = None,
         interval_guidance: tuple[float, float] = (0.0, 1.0),
+        null_mask: str = "prompt",
         output_type: str = "tensor",
         callback: Callback | None = None,
     ) -> Tensor | list[Image]:
         """Draw `num_images_per_prompt` images of each prompt, in one batch, in the order of the prompts.
 
         Args:
-            prompt: one or several; may be empty.
+            prompt: one or several; may be empty. `--ar H:W` (or `--aspect_ratio`) and `--hw H:W` inside a prompt come
+                before `height` and `width` and are taken out of its text; all prompts of a call need one size.
             height, width: in pixels; None is the model's own size.
             negative_prompt: what to steer away from: one for all prompts, or one for each.
             num_inference_steps: network evaluations (twice as many with guidance); None is the sampler's usual number.
-            guidance_scale: of classifier-free guidance; 1 turns it off.
+            guidance_scale: of classifier-free guidance; 1 turns it off. Sprint models get it as an input.
             pag_guidance_scale: of perturbed-attention guidance; 1 turns it off.
             generator: the noise is drawn from it, prompt by prompt, on its device.
-            latents: the noise itself, (n, C, H/32, W/32).
+            latents: the noise itself, (n, C, H/32, W/32); what scm draws after it is that of seed 0.
             use_resolution_binning: draw at the nearest size of the model's table, then scale and crop to
                 (height, width). Without it, draw at that size, whose sides must be multiples of 32.
             seed: the noise of sample j of prompt i is drawn on the CPU from (seed, i, j), so that it is the same on
                 every device and does not depend on the other images; or one seed for each image. 0 if neither
                 `generator` nor `latents` nor `seed` is given.
-            sampler: "flow_dpm-solver" or "flow_euler"; None is the config's `scheduler.vis_sampler`.
+            sampler: "flow_dpm-solver" or "flow_euler", for Sprint models "scm"; None is the config's
+                `scheduler.vis_sampler`.
             interval_guidance: (lo, hi); classifier-free guidance acts for lo < t < hi only.
-            output_type: "tensor" or "pil".
-            callback: called after every step as callback(step, total, x, x0), see `sana.diffusion.solvers.Callback`.
+            null_mask: the tokens of the negative or empty prompt that the network attends to: "prompt", as many as the
+                prompt has, as in training and in the reference; "own", its own, as diffusers does.
+            output_type: "tensor", "pil", or "latent" for what the autoencoder would decode, at the size drawn.
+            callback: called after every step as callback(step, total, x, x0), see `sana.diffusion.solvers.Callback`. An
+                exception that it raises ends the call and leaves nothing behind.
 
         Returns:
-            (n, 3, height, width) float32 in about [-1, 1] on `device`, or n pictures.
+            (n, 3, height, width) float32 in about [-1, 1] on `device`, or n pictures, or latents (n, C, H/32, W/32).
 
         Raises:
             ValueError: a setting out of range; for a size that cannot be, the message holds the nearest that can.
             NonFiniteError: the latents or pixels are not finite.
         """
         sampler = sampler or self.config.scheduler.vis_sampler
-        self._check(sampler, output_type, num_images_per_prompt)
+        self._check(sampler, output_type, null_mask, num_images_per_prompt)
         steps = SAMPLERS[sampler] if num_inference_steps is None else num_inference_steps
-        prompts, negatives = _pair_prompts(prompt, negative_prompt, num_images_per_prompt)
-        size, drawn_size = self.sizes(height, width, use_resolution_binning)
+        prompts, asked = self._read_sizes(prompt, height, width)
+        size, drawn_size = self.sizes(*asked, use_resolution_binning)
+        prompts, negatives = _pair_prompts(prompts, negative_prompt, num_images_per_prompt)
         guidance = Guidance(
             guidance_scale, interval_guidance, pag_guidance_scale, tuple(self.config.model.pag_applied_layers)
         )
 
-        text, null = self._encode(prompts, negatives)
-        noise = self._noise(len(prompts), num_images_per_prompt, drawn_size, generator, latents, seed)
-        velocity = guided(self.transformer, text, null, guidance)
-        schedule, solver = SOLVERS[sampler]
-        latents = solver(velocity, noise, schedule(steps, shift=self.flow_shift), callback=callback)
+        noise, noise_like = self._noise(
+            len(prompts), num_images_per_prompt, drawn_size, generator, latents, seed
+        )
+        text = self.text_encoder.encode(prompts)
+        if sampler == "scm":  # guidance is an input of the network, so there is no unconditional branch
+            _require_plain_guidance(guidance, negatives)
+            network = TrigFlow(self.transformer, text.embeds, text.mask, guidance=guidance.scale)
+            latents = scm(network, noise, scm_schedule(steps), noise_like, callback=callback)
+        else:
+            null = self.text_encoder.encode_unconditional(negatives)
+            null = TextFeatures(null.embeds, unconditional_mask(text.mask, null.mask, null_mask))
+            velocity = guided(self.transformer, text, null, guidance)
+            schedule, solver = SOLVERS[sampler]
+            latents = solver(velocity, noise, schedule(steps, shift=self.flow_shift), callback=callback)
         self._require_finite("latents", latents)
+        if output_type == "latent":
+            return latents
         pixels = self.autoencoder.decode(latents).float()
         self._require_finite("pixels", pixels)
         pixels = _cover(pixels, *size)
         return images.to_pil(pixels) if output_type == "pil" else pixels
 
-    def _check(self, sampler: str, output_type: str, num_images_per_prompt: int) -> None:
+    def _require_weights(self) -> None:
         if not self._ready:
             raise ValueError(
                 "no weights are loaded: call from_pretrained(path), or set model.load_from in the config"
             )
+
+    def _check(self, sampler: str, output_type: str, null_mask: str, num_images_per_prompt: int) -> None:
+        self._require_weights()
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
-        if output_type not in ("tensor", "pil"):
-            raise ValueError(f"unknown output_type {output_type!r}; choose from tensor, pil")
+        if (sampler == "scm") != self.transformer.config.cfg_embed:
+            raise ValueError(
+                f"sampler {sampler!r} does not fit {self.config.model.model}: scm is for networks that take the guidance "
+                "scale as an input (Sprint) and the only one for them"
+            )
+        for name, value, choices in (
+            ("output_type", output_type, OUTPUT_TYPES),
+            ("null_mask", null_mask, NULL_MASKS),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
 
-    def sizes(
-        self, height: int | None, width: int | None, binning: bool
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """((height, width) asked for, (height, width) to draw at); arguments and error as in `__call__`."""
+    def _read_sizes(
+        self, prompt: str | Sequence[str], height: int | None, width: int | None
+    ) -> tuple[list[str], tuple[int, int]]:
+        """The prompts without their size options, and the one (height, width) that all of them ask for."""
         own = self.config.model.image_size
-        height, width = own if height is None else height, own if width is None else width
+        default = (own if height is None else height, own if width is None else width)
+        parsed = [
+            parse_prompt_size(text, self.buckets)
+            for text in ([prompt] if isinstance(prompt, str) else prompt)
+        ]
+        sizes = dict.fromkeys(size or default for _, size in parsed)
+        if len(sizes) > 1:
+            listed = ", ".join(f"{height} x {width}" for height, width in sizes)
+            raise ValueError(
+                f"one call draws one size, but these prompts ask for {listed}: call once for each (sana.generation does)"
+            )
+        return [text for text, _ in parsed], next(iter(sizes), default)
+
+    def sizes(self, height: int, width: int, binning: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((height, width) asked for, (height, width) to draw at); arguments and error as in `__call__`."""
+        if (
+            binning and (height, width) in self.buckets.values()
+        ):  # some keys of 2880 are not their sizes' ratios
+            return (height, width), (height, width)
         if binning and height > 0 and width > 0:
+            drawn = nearest_bucket(height, width, self.buckets)[1]
             ratios = [float(key) for key in self.buckets]
             if not min(ratios) - 0.01 <= height / width <= max(ratios) + 0.01:
-                near = nearest_bucket(height, width, self.buckets)[1]
                 raise ValueError(
                     f"the model draws height / width from {min(ratios)} to {max(ratios)}, not {height} x {width}; the "
-                    f"nearest size is {near[0]} x {near[1]}"
+                    f"nearest size is {drawn[0]} x {drawn[1]}"
                 )
-            drawn = nearest_bucket(height, width, self.buckets)[1]
             if height * width > 2 * drawn[0] * drawn[1]:
                 logger.warning("drawn at %d x %d and enlarged to %d x %d", *drawn, height, width)
             return (height, width), drawn
@@ -282,14 +370,6 @@ class SanaPipeline:
             )
         return (height, width), (height, width)
 
-    def _encode(self, prompts: Sequence[str], negatives: Sequence[str]) -> tuple[TextFeatures, TextFeatures]:
-        """Features of the prompts and of their negative prompts, one row for each image."""
-        text = _encode_each(self.text_encoder.encode, prompts)
-        null = _encode_each(self.text_encoder.encode_unconditional, negatives)
-        # In training a dropped caption keeps its own mask; so the empty prompt is seen through the prompt's mask here.
-        empty = torch.tensor([not negative for negative in negatives], device=null.mask.device)
-        return text, TextFeatures(embeds=null.embeds, mask=torch.where(empty[:, None], text.mask, null.mask))
-
     def _noise(
         self,
         count: int,
@@ -298,28 +378,30 @@ class SanaPipeline:
         generator: torch.Generator | None,
         latents: Tensor | None,
         seed: int | Sequence[int] | None,
-    ) -> Tensor:
-        """(count, C, H/32, W/32) float32 on the device; images come in groups of `copies` for each prompt."""
+    ) -> tuple[Tensor, FreshNoise]:
+        """Noise (count, C, H/32, W/32), float32 on the device, and a source of more of it for the steps of scm.
+
+        Images come in groups of `copies` for each prompt.
+        """
         if sum(source is not None for source in (generator, latents, seed)) > 1:
             raise ValueError("generator, latents and seed each decide the noise: give one of them")
         shape = (self.autoencoder.latent_channels, *(side // self.autoencoder.downsample for side in size))
-        if latents is not None:
-            if latents.shape != (count, *shape):
-                raise ValueError(
-                    f"latents have shape {tuple(latents.shape)}; these prompts and size need {(count, *shape)}"
-                )
-            return latents.to(self.device, torch.float32)
+        if latents is not None and latents.shape != (count, *shape):
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}; these prompts and size need {(count, *shape)}"
+            )
         if generator is not None:
-            draws = [
-                torch.randn((copies, *shape), generator=generator, device=generator.device)
-                for _ in range(count // copies)
-            ]
+            sources, group = [generator] * (count // copies), copies
         else:
-            draws = [
-                torch.randn((1, *shape), generator=torch.Generator().manual_seed(image_seed))
-                for image_seed in _image_seeds(seed, count, copies)
-            ]
-        return torch.cat(draws).to(self.device)
+            seeds = _image_seeds(seed, count, copies)
+            sources, group = [torch.Generator().manual_seed(image_seed) for image_seed in seeds], 1
+
+        def draw() -> Tensor:
+            parts = [torch.randn((group, *shape), generator=own, device=own.device) for own in sources]
+            return torch.cat(parts).to(self.device)
+
+        noise = draw()
+        return noise if latents is None else latents.to(noise), lambda step: draw()
 
     def _require_finite(self, what: str, values: Tensor) -> None:
         """NaN turns into a black picture if nobody looks."""
@@ -344,11 +426,18 @@ def _image_seeds(seed: int | Sequence[int] | None, count: int, copies: int) -> l
     return list(seed)
 
 
+def _require_plain_guidance(guidance: Guidance, negatives: Sequence[str]) -> None:
+    if any(negatives) or guidance.uses_pag or guidance.interval != (0, 1):
+        raise ValueError(
+            "sampler scm has no unconditional branch: a negative prompt, a PAG scale above 1 or a guidance interval would "
+            "have no effect; leave them out"
+        )
+
+
 def _pair_prompts(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], copies: int
+    prompts: Sequence[str], negative_prompt: str | Sequence[str], copies: int
 ) -> tuple[list[str], list[str]]:
     """Prompt and negative prompt of each image."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("an empty list of prompts; give at least one (which may be the empty text)")
     negatives = (
@@ -362,14 +451,6 @@ def _pair_prompts(
     return tuple(repeated)
 
 
-def _encode_each(encode: Callable[[list[str]], TextFeatures], texts: Sequence[str]) -> TextFeatures:
-    """Features of every text, computed once for equal texts."""
-    unique = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    features = encode(list(unique))
-    rows = torch.tensor([unique[text] for text in texts], device=features.embeds.device)
-    return TextFeatures(embeds=features.embeds[rows], mask=features.mask[rows])
-
-
 def _cover(pixels: Tensor, height: int, width: int) -> Tensor:
     """Scale (n, 3, H, W) so that it just covers (height, width), and cut the middle out; nothing if it fits already."""
     drawn_height, drawn_width = pixels.shape[-2:]
@@ -380,26 +461,3 @@ def _cover(pixels: Tensor, height: int, width: int) -> Tensor:
     pixels = F.interpolate(pixels, covering, mode="bilinear", align_corners=False)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return pixels[..., top : top + height, left : left + width]
-
-
-def _device(name: torch.device | str | None) -> torch.device:
-    """The device of a name, or the best there is."""
-    if name is None:
-        return (
-            torch.device("cuda", distributed.local_rank())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
-        raise ValueError(f"no device {str(name)!r} here: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
-
-
-def _dtype(name: torch.dtype | str) -> torch.dtype:
-    if isinstance(name, torch.dtype):
-        return name
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; choose from {', '.join(DTYPES)}")
-    return DTYPES[name]

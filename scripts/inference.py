@@ -18,8 +18,9 @@ def steps(text: str) -> int | None:
 
 # Flag, type, default, help. The spelling is the published one where there is one.
 FLAGS = (
-    ("config", str, None, "YAML file (default: config.yaml beside --model_path, else the embedded model's)"),
-    ("model_path", str, None, "transformer: path or hf://owner/repo/file (default: the config's load_from)"),
+    ("config", str, None, "YAML file (default: what --model_path says of itself, else the embedded model's)"),
+    ("model_path", str, None, "weights: path or hf://owner/repo/path (default: the config's load_from)"),
+    ("lora_scale", float, 1.0, "weight of every --lora"),
     ("negative_prompt", str, "", "what to steer away from, for all prompts"),
     ("num_images_per_prompt", at_least(1), 1, "images of each prompt"),
     ("height", at_least(1), None, "pixels; --ar H:W or --hw H:W inside a prompt comes first"),
@@ -29,8 +30,10 @@ FLAGS = (
     ("cfg_scale", float, 4.5, "classifier-free guidance; 1 is off"),
     ("pag_scale", float, 1.0, "perturbed-attention guidance; 1 is off"),
     ("interval_guidance", numbers, (0.0, 1.0), "[LO,HI]: times in [0, 1] at which guidance acts"),
-    ("sampling_algo", str, None, "flow_dpm-solver or flow_euler (default: the config's)"),
-    ("step", steps, None, "network evaluations (default or -1: 20, and 28 for flow_euler)"),
+    ("sampling_algo", str, None, "flow_dpm-solver, flow_euler, scm for Sprint (default: the config's)"),
+    ("step", steps, None, "network evaluations (default or -1: 20, 28 for flow_euler, 2 for scm)"),
+    ("null_mask", str, "prompt", "mask of the negative prompt: prompt (reference) or own (diffusers)"),
+    ("lowercase", boolean, False, "lower-case and strip prompts, as diffusers does"),
     ("seed", int, 0, "of the noise, together with a prompt's place in its file"),
     ("sample_nums", at_least(1), 100000, "use the first so many prompts"),
     ("start_index", at_least(0), 0, "of those, use the ones from here ..."),
@@ -66,6 +69,7 @@ def make_parser() -> Parser:
         optional = {"nargs": "?", "const": True} if kind is boolean else {}
         shown = f"{text} (default: {default})" if isinstance(default, float | int | Path) else text
         parser.add_argument(f"--{name}", type=kind, default=default, help=shown, **optional)
+    parser.add_argument("--lora", nargs="+", metavar="PATH", default=[], help="adapters for the transformer")
     for name in UNUSED:
         parser.add_argument(f"--{name}", nargs="?", const=True, help="accepted, without effect")
     return parser
@@ -74,9 +78,9 @@ def make_parser() -> Parser:
 def run(args: Namespace, overrides: list[str]) -> None:
     """Everything after the flags are read. Torch is imported only here."""
     from sana import generation
-    from sana.config import load_config
-    from sana.pipeline import DEFAULT_CONFIG, SanaPipeline
-    from sana.utils import hub, logging
+    from sana.loading import find_config
+    from sana.pipeline import SanaPipeline
+    from sana.utils import logging
 
     logging.configure()
     unused = [f"--{name}" for name in UNUSED if getattr(args, name) is not None]
@@ -85,18 +89,13 @@ def run(args: Namespace, overrides: list[str]) -> None:
     prompts, dataset = read_prompts(args)
     settings = [generation.Settings.from_names(variant) for variant in variants(args)]
 
-    config = args.config or DEFAULT_CONFIG
-    if args.model_path:
-        config = args.config or hub.find_beside(args.model_path, "config.yaml")
-        overrides = [*overrides, f"--model.load_from={args.model_path}"]
-    if args.custom_image_size:
-        size = args.custom_image_size
-        overrides = [
-            *overrides,
-            f"--model.image_size={size}",
-            f"--model.aspect_ratio_type=ASPECT_RATIO_{size}",
-        ]
-    pipeline = SanaPipeline(load_config(config, overrides), device=args.device, dtype=args.dtype)
+    if size := args.custom_image_size:
+        sizes = (f"model.image_size={size}", f"data.image_size={size}")
+        overrides = [*overrides, *sizes, f"model.aspect_ratio_type=ASPECT_RATIO_{size}"]
+    config = find_config(args.config, args.model_path, overrides)
+    pipeline = SanaPipeline(config, device=args.device, dtype=args.dtype, lowercase=args.lowercase)
+    for path in args.lora:
+        pipeline.load_lora(path, args.lora_scale)
 
     for setting in settings:
         folder = args.work_dir / generation.folder_name(

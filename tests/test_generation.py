@@ -95,6 +95,9 @@ def test_files_and_manifest(reference, pipeline):
     assert rows[0]["settings"]["sampler"] == "flow_dpm-solver"
     assert rows[0]["settings"]["dtype"] == "float32"
     assert rows[0]["settings"]["flow_shift"] == 3.0
+    assert rows[0]["settings"]["null_mask"] == "prompt"
+    assert rows[0]["settings"]["loras"] == []
+    assert rows[0]["settings"]["lowercase"] is False
     assert rows[0]["versions"]["torch"] == version("torch")
 
 
@@ -155,30 +158,42 @@ def test_a_part_of_the_list_gives_the_same_files(reference, pipeline, tmp_path):
         assert (tmp_path / name).read_bytes() == (reference[0] / name).read_bytes()
 
 
-def test_processes_divide_the_work(reference, pipeline, tmp_path, monkeypatch):
-    """Two processes played one inside the other: where rank 0 waits for the others, rank 1 does its share."""
-    shares = {0: Counting(pipeline), 1: Counting(pipeline)}
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 2), (3, 1), (3, 2)])
+def test_processes_divide_the_work(reference, pipeline, tmp_path, monkeypatch, processes, batch_size):
+    """Processes played one inside the other: where one first waits for the others, the next does its share.
+
+    With one batch size the files are those of a single process, to the byte.
+    """
+    shares = [Counting(pipeline) for _ in range(processes)]
     state = {"rank": 0}
     waits = []
 
     def barrier():
-        waits.append(state["rank"])
-        if waits == [0]:
-            state["rank"] = 1
+        rank = state["rank"]
+        waits.append(rank)
+        if waits.count(rank) == 1 and rank + 1 < processes:
+            state["rank"] = rank + 1
             assert [row["file"] for row in run()] == [f"{stem}.png" for stem in FILES]
-            state["rank"] = 0
+            state["rank"] = rank
 
     def run():
-        return generate(shares[state["rank"]], PROMPTS, tmp_path, SETTINGS, batch_size=2)
+        share = shares[state["rank"]]
+        return generate(share, PROMPTS, tmp_path / "parts", SETTINGS, batch_size=batch_size)
 
+    if batch_size == 2:
+        folder, rows = reference
+    else:
+        folder, rows = tmp_path / "one", generate(pipeline, PROMPTS, tmp_path / "one", SETTINGS, batch_size=1)
     monkeypatch.setattr(distributed, "rank", lambda: state["rank"])
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     monkeypatch.setattr(distributed, "barrier", barrier)
-    assert run() == reference[1]
-    assert waits == [0, 1, 1, 0]
-    assert (shares[0].drawn, shares[1].drawn) == (3, 2)
-    assert contents(tmp_path) == contents(reference[0])
-    assert (tmp_path / "manifest.jsonl").read_bytes() == (reference[0] / "manifest.jsonl").read_bytes()
+    assert run() == rows
+    assert waits == [*range(processes), *range(processes - 1, 0, -1), 0]
+    assert sum(share.drawn for share in shares) == len(PROMPTS)
+    assert min(share.drawn for share in shares) > 0
+    assert contents(tmp_path / "parts") == contents(folder)
+    manifests = [(place / "manifest.jsonl").read_bytes() for place in (tmp_path / "parts", folder)]
+    assert manifests[0] == manifests[1]
 
 
 # Resume
@@ -342,6 +357,7 @@ def test_folder_names_tell_settings_apart(pipeline):
         {"num_inference_steps": 3},
         {"interval_guidance": (0.1, 0.9)},
         {"image_format": "jpg"},
+        {"null_mask": "own"},
     ]
     names = [folder_name(pipeline, replace(SETTINGS, **change), "custom") for change in changes]
     assert len(set(names)) == len(changes)
@@ -411,6 +427,7 @@ def test_impossible_sizes_are_found_before_drawing(pipeline, tmp_path, prompt, m
     ("change", "message"),
     [
         ({"sampler": "ddim"}, "unknown sampler 'ddim'"),
+        ({"null_mask": "mine"}, "unknown null_mask 'mine'; choose from prompt, own"),
         ({"num_inference_steps": 0}, "at least 1, got 0"),
         ({"image_format": "webp"}, "unknown image format 'webp'"),
         ({"jpeg_quality": 0}, "from 1 to 100, got 0"),

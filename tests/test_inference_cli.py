@@ -2,6 +2,8 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,8 +11,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
-from sana.utils import images
+from sana.config import dump_config, load_config
+from sana.utils import hub, images
 from sana.utils.hub import ROOT
 from tests.factories import write_model
 
@@ -162,13 +168,47 @@ def test_model_path_with_and_without_a_config_beside_it(run, config, tmp_path):
     status, paths, err = run(*FAST, "--prompt=a", "--model_path=epoch_3_step_50.safetensors")
     assert status == 0, err
     assert Path(paths[0]).parent.name.startswith("prompt_epoch3_step50_")
-    status, _, err = run("--prompt=a", "--model_path=epoch_3_step_50.safetensors", model=())
-    assert status == 2
-    assert "there is no config.yaml beside epoch_3_step_50.safetensors" in err
 
 
-def test_custom_image_size(run):
-    status, paths, err = run("--prompt=a", "--step=2", "--custom_image_size=512")
+def test_weights_alone_are_recognised(run, tmp_path):
+    shutil.copy(ROOT / "asset/sana_tiny/transformer.safetensors", tmp_path / "unknown.safetensors")
+    status, paths, err = run("--prompt=a", "--step=2", "--model_path=unknown.safetensors", model=())
+    assert status == 0, err
+    assert "unknown.safetensors has no config: its tensors are those of SanaMS_Tiny_P1_D8" in err
+    status, own, err = run("--prompt=a", "--step=2", model=())
+    assert Path(paths[0]).read_bytes() == Path(own[0]).read_bytes()
+
+
+def test_adapters(run, tmp_path):
+    module = "transformer_blocks.0.attn1.to_q"
+    for name in ("one", "two"):
+        factors = {"lora_A": torch.ones(1, 224), "lora_B": torch.ones(224, 1)}
+        save_file({f"{module}.{key}.weight": value for key, value in factors.items()}, f"{name}.safetensors")
+    flags = (
+        "--lora",
+        "one.safetensors",
+        "two.safetensors",
+        "--lora_scale=0.5",
+        "--lowercase",
+        "--null_mask=own",
+    )
+    status, paths, err = run(*FAST, "--prompt=A Red circle", *flags)
+    assert status == 0, err
+    settings = rows(Path(paths[0]).parent)[0]["settings"]
+    assert settings["loras"] == [[hub.sha256(f"{name}.safetensors"), 0.5] for name in ("one", "two")]
+    assert (settings["lowercase"], settings["null_mask"]) == (True, "own")
+    status, plain, err = run(*FAST, "--prompt=A Red circle", *flags[4:])
+    assert Path(plain[0]).parent != Path(paths[0]).parent
+    assert images.load(plain[0]).tobytes() != images.load(paths[0]).tobytes()
+    status, seen, err = run(*FAST, "--prompt=A Red circle", "--lowercase")
+    assert images.load(seen[0]).tobytes() != images.load(plain[0]).tobytes()
+
+
+def test_custom_image_size(run, config, tmp_path):
+    dump_config(load_config(config), tmp_path / "dumped.yaml")  # as beside a run: every size is written out
+    status, paths, err = run(
+        "--prompt=a", "--step=2", "--custom_image_size=512", model=("--config=dumped.yaml",)
+    )
     assert status == 0, err
     assert images.load(paths[0]).size == (512, 512)
     assert "enlarged" not in err
@@ -221,6 +261,11 @@ def test_the_embedded_model_is_the_default(run):
         (["--prompt=a --ar 0:1"], "prompt 0: "),
         (["--custom_image_size=100"], "image_size"),
         (["--image_format=webp"], "unknown image format 'webp'"),
+        (["--null_mask=mine"], "unknown null_mask 'mine'; choose from prompt, own"),
+        (["--sampling_algo=scm"], "sampler 'scm' does not fit SanaMS_Tiny_P1_D8"),
+        (["--lora"], "--lora: expected at least one argument"),
+        (["--lora=none.safetensors"], "none.safetensors"),
+        (["--lora_scale=x"], "--lora_scale: invalid float value: 'x'"),
         (["--grid=sheet.jpg"], "name it .png, not sheet.jpg"),
         (["--dtype=int8"], "unknown dtype 'int8'"),
         (["--device=abacus"], "no device 'abacus'"),
@@ -253,6 +298,64 @@ def test_wrong_input_is_one_line(run, tmp_path, arguments, message):
     assert not (tmp_path / "output").exists()
 
 
+class Code:
+    """What a pickle can do when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("was_run",)
+
+
+@pytest.fixture
+def bad_weights(config, tmp_path, monkeypatch):
+    """Files that cannot be used, in the working folder."""
+    state = load_file(config.parent / "transformer.safetensors")
+    torch.save(state, tmp_path / "whole.pth")
+    (tmp_path / "truncated.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:100_000])
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"state_dict": Code()}, protocol=2))
+    save_file({key: value for key, value in state.items() if "blocks.7" not in key}, "short.safetensors")
+    save_file({"a": torch.zeros(2)}, "other.safetensors")
+    save_file({"controlnet.0.weight": torch.zeros(2)}, "controlnet.safetensors")
+    torch.save(state, "Sana_1600M_1024px.pth")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": torch.zeros(2)}, tmp_path / "shards" / "model-00001-of-00002.safetensors")
+
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("several\nlines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_path=truncated.pth"], "truncated.pth: truncated, corrupt, or not only tensors"),
+        (["--model_path=code.pth"], "code.pth: refused, nothing of it was run"),
+        (["--model_path=short.safetensors"], "blocks"),  # lacks blocks.7...; 7 blocks deep
+        (["--model_path=other.safetensors"], ("the model has no a", "not the weights of a Sana transformer")),
+        (["--model_path=controlnet.safetensors"], "ControlNet"),
+        (["--model_path=Sana_1600M_1024px.pth", "--dtype=bf16"], "these weights do not run in bfloat16"),
+        (["--model_path=shards"], "model-00002-of-00002.safetensors"),
+        (["--model_path=hf://owner/mispelt/a.pth"], "could not fetch hf://owner/mispelt/a.pth"),
+        (["--model_path=owner/mispelt"], "could not fetch hf://owner/mispelt"),
+        (["--model_path=hf://owner"], "malformed hub name 'hf://owner'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_weights_are_one_line(run, bad_weights, tmp_path, arguments, message, with_config):
+    model = {} if with_config else {"model": ()}
+    status, out, err = run("--prompt=a", *arguments, **model)
+    assert (status, out) == (2, [])
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert (message if isinstance(message, str) else message[not with_config]) in lines[0]
+    assert "Traceback" not in err
+    assert not (tmp_path / "was_run").exists()
+    assert not (tmp_path / "output").exists()
+
+
 # Processes
 
 
@@ -264,21 +367,23 @@ def processes(*command, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_files_of_one(config, tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_three_processes_write_the_files_of_one(config, tmp_path, batch_size):
     (tmp_path / "p.txt").write_text(
         "a red circle\nthree blue stars\na heart --ar 1:4\na ring\n\ntwo crosses\na star\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = [str(SCRIPT), f"--config={config}", "--txt_file=p.txt", "--bs=2", "--step=2", "--device=cpu"]
+    common = [str(SCRIPT), f"--config={config}", "--txt_file=p.txt", f"--bs={batch_size}"]
+    common += ["--step=2", "--device=cpu"]
     one = processes(sys.executable, *common, "--work_dir=one", folder=tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    two = processes(*launcher, *common, "--work_dir=two", folder=tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", f"--master_port={port}"]
+    three = processes(*launcher, *common, "--work_dir=three", folder=tmp_path)
     paths = one.stdout.splitlines()
     assert len(paths) == 7
-    assert two.stdout.splitlines() == [path.replace("one/", "two/", 1) for path in paths]
-    folders = [(tmp_path / path).parent for path in (paths[0], two.stdout.splitlines()[0])]
+    assert three.stdout.splitlines() == [path.replace("one/", "three/", 1) for path in paths]
+    folders = [(tmp_path / path).parent for path in (paths[0], three.stdout.splitlines()[0])]
     files = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     assert files[0] == files[1]
     for name in files[0]:

@@ -1,18 +1,21 @@
+import inspect
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import sana
 from app.sana_pipeline import SanaPipeline as PublishedPipeline
 from sana import pipeline as module
 from sana.config import load_config
 from sana.diffusion.guidance import Guidance, guided
+from sana.diffusion.scm import scm, scm_schedule
 from sana.diffusion.solvers import SOLVERS
+from sana.models.sprint import TrigFlow
 from sana.models.text_encoder import TextFeatures
 from sana.pipeline import NonFiniteError, SanaPipeline, image_seed
-from sana.utils import hub, images
+from sana.utils import images
 from tests.factories import TEXT_LENGTH, make_transformer, write_model
 from tests.numerics import assert_close
 
@@ -79,6 +82,26 @@ def test_pictures(draw):
     assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in again]
 
 
+def test_latents_out_and_in(pipeline):
+    settings = {"num_inference_steps": 2, "seed": 3}
+    latents = pipeline("a red circle", 100, 160, output_type="latent", **settings)
+    assert latents.shape == (1, 32, 6, 10)  # 192 x 320 pixels, the nearest of the table; nothing is cut
+    assert latents.dtype == torch.float32
+    pixels = module._cover(pipeline.autoencoder.decode(latents), 100, 160)
+    assert torch.equal(pipeline("a red circle", 100, 160, **settings), pixels)
+    assert torch.equal(latents, pipeline("a red circle", 192, 320, output_type="latent", **settings))
+
+
+def test_a_batch_of_seven_is_seven_single_calls(draw):
+    prompts = [*PROMPTS, "чёрное кольцо и 三颗蓝色的星星", "🟥 next to 🔵!", " two\ttabs\nand a line "]
+    negatives = ["", "a blue star", "x", "", "a ring, a cross", "", "🟥"]
+    settings = {"num_inference_steps": 4, "pag_guidance_scale": 1.5}
+    together = draw(prompts, negative_prompt=negatives, seed=9, **settings)
+    for i, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
+        alone = draw(prompt, negative_prompt=negative, seed=[image_seed(9, i, 0)], **settings)
+        assert_close(f"image {i}", alone[0], together[i], rel_rms=1e-4)  # measured 4e-6
+
+
 # Noise
 
 
@@ -120,7 +143,17 @@ def test_equal_calls_give_equal_images(draw):
         ({"latents": torch.zeros(1, 32, 4, 2)}, r"latents have shape \(1, 32, 4, 2\).*\(1, 32, 2, 2\)"),
         ({"num_images_per_prompt": 0}, "at least 1, got 0"),
         ({"sampler": "ddim"}, "unknown sampler 'ddim'; choose from flow_dpm-solver, flow_euler"),
-        ({"output_type": "jpeg"}, "unknown output_type 'jpeg'"),
+        (
+            {"sampler": "scm"},
+            r"sampler 'scm' does not fit SanaMS_Tiny_P1_D8: scm is for networks that take the guidance",
+        ),
+        ({"output_type": "jpeg"}, "unknown output_type 'jpeg'; choose from tensor, pil, latent"),
+        ({"null_mask": "mine"}, "unknown null_mask 'mine'; choose from prompt, own"),
+        (
+            {"prompt": ["a --ar 1:2", "b"]},
+            "one size, but these prompts ask for 160 x 384, 64 x 64: call once",
+        ),
+        ({"prompt": "a --ar wide"}, "expected --ar height:width"),
         ({"num_inference_steps": -3}, "at least 1, got -3"),
         ({"guidance_scale": -1.0}, "guidance scale must be"),
         ({"interval_guidance": (0.8, 0.2)}, "guidance interval"),
@@ -149,15 +182,16 @@ def text_seen(monkeypatch):
     return seen
 
 
-def test_an_empty_negative_prompt_is_seen_through_the_prompts_mask(pipeline, draw, text_seen):
-    draw(["a red circle", "three blue stars and a heart"], negative_prompt=["", "a large black ring"])
-    (text, null, _) = text_seen[0]
-    own = pipeline.text_encoder.encode_unconditional(["", "a large black ring"])
-    assert torch.equal(null.mask[0], text.mask[0])
-    assert torch.equal(null.mask[1], own.mask[1])
-    assert not torch.equal(own.mask[0], text.mask[0])
-    assert not torch.equal(own.mask[1], text.mask[1])
-    assert_close("null features", null.embeds, own.embeds, rel_rms=BATCH_TOLERANCE)
+def test_negative_prompts_are_seen_through_the_prompts_mask_or_their_own(pipeline, draw, text_seen):
+    prompts, negatives = ["a red circle", "three blue stars and a heart"], ["", "a large black ring"]
+    own = pipeline.text_encoder.encode_unconditional(negatives)
+    first = draw(prompts, negative_prompt=negatives)
+    second = draw(prompts, negative_prompt=negatives, null_mask="own")
+    for (text, null, _), expected in zip(text_seen, (text_seen[0][0].mask, own.mask), strict=True):
+        assert torch.equal(null.mask, expected)
+        assert not torch.equal(own.mask, text.mask)
+        assert_close("null features", null.embeds, own.embeds, rel_rms=BATCH_TOLERANCE)
+    assert ((first - second).flatten(1).std(1) > 1e-3).all()
 
 
 def test_negative_prompts(draw):
@@ -203,14 +237,15 @@ def test_perturbed_attention_is_off_at_one(pipeline, draw, monkeypatch):
 
 def test_none_is_the_samplers_usual_number_of_steps(draw):
     steps = []
-    for sampler in ("flow_dpm-solver", "flow_euler"):
+    for sampler in (None, "flow_dpm-solver", "flow_euler"):
         draw(
             "",
             num_inference_steps=None,
+            guidance_scale=1.0,
             sampler=sampler,
             callback=lambda step, total, x, x0: steps.append(total),
         )
-    assert steps == [20] * 20 + [28] * 28
+    assert steps == [20] * 40 + [28] * 28
 
 
 def test_a_cancelled_call_leaves_nothing_behind(draw):
@@ -224,64 +259,136 @@ def test_a_cancelled_call_leaves_nothing_behind(draw):
     assert torch.equal(expected, draw("a red circle"))
 
 
-# Sizes
+# Sprint
+
+
+@pytest.fixture(scope="module")
+def sprint(pipeline):
+    """The pipeline with a Sprint network, and its call at 64 x 64."""
+    network = make_transformer(
+        qk_norm=True, cross_norm=True, cfg_embed=True, cfg_embed_scale=0.1, timestep_norm_scale_factor=1000.0
+    )
+    torch.nn.init.normal_(network.cfg_embedder.mlp[2].weight, std=0.2)  # zero at first
+    config = replace(
+        pipeline.config,
+        model=replace(pipeline.config.model, model="SanaMSCM_1600M_P1_D20"),
+        scheduler=replace(pipeline.config.scheduler, vis_sampler="scm"),
+    )
+    made = SanaPipeline.from_components(config, network, pipeline.autoencoder, pipeline.text_encoder)
+    return partial(made, height=64, width=64, use_resolution_binning=False)
+
+
+def test_sprint_is_the_composition_of_its_parts(sprint):
+    generators = [torch.Generator().manual_seed(image_seed(4, i, 0)) for i in (0, 1)]
+
+    def noise_like(step=0):
+        return torch.cat([torch.randn((1, 32, 2, 2), generator=own) for own in generators])
+
+    prompts = ["a red circle", "a blue star"]
+    text = sprint.func.text_encoder.encode(prompts)
+    network = TrigFlow(sprint.func.transformer, text.embeds, text.mask, guidance=3.0)
+    expected = scm(network, noise_like(), scm_schedule(2), noise_like)
+    latents = sprint(prompts, guidance_scale=3.0, seed=4, output_type="latent")
+    assert_close("latents", latents, expected, rel_rms=BATCH_TOLERANCE)
+
+
+def test_a_sprint_image_depends_on_its_prompt_and_seed_only(sprint):
+    together = sprint(PROMPTS, seed=3, num_inference_steps=3)
+    for i, prompt in enumerate(PROMPTS):
+        alone = sprint(prompt, seed=[image_seed(3, i, 0)], num_inference_steps=3)
+        assert_close(f"image {i}", alone[0], together[i], rel_rms=BATCH_TOLERANCE)
+    assert torch.equal(together, sprint(PROMPTS, seed=3, num_inference_steps=3))
+
+
+def test_sprint_draws_on_from_a_generator_and_follows_given_noise_with_that_of_seed_0(sprint):
+    generator = torch.Generator().manual_seed(7)
+    first, fresh = (torch.randn((2, 32, 2, 2), generator=generator) for _ in range(2))
+    seen = []
+    pictures = sprint(
+        "a red circle",
+        num_images_per_prompt=2,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+        callback=lambda step, total, x, x0: seen.append((x, x0)),
+    )
+    angle = scm_schedule(2)[1]
+    assert_close("fresh noise", (seen[0][0] - angle.cos() * seen[0][1]) / angle.sin(), fresh, rel_rms=1e-5)
+    assert torch.equal(seen[1][1], pictures)
+    assert not torch.equal(pictures, sprint("a red circle", latents=first, num_images_per_prompt=2))
+    noise = noise_of(image_seed(0, 0, 0), 1, 32, 2, 2)
+    assert torch.equal(sprint("a heart", latents=noise), sprint("a heart"))
+
+
+def test_sprint_takes_guidance_as_an_input(sprint):
+    steps = []
+    plain = sprint("a red circle", callback=lambda step, total, x, x0: steps.append(total))
+    assert steps == [2, 2]
+    assert (sprint("a red circle", guidance_scale=1.0) - plain).std() > 1e-3
+    assert torch.equal(plain, sprint("a red circle"))
 
 
 @pytest.mark.parametrize(
-    ("asked", "drawn"),
+    ("settings", "message"),
     [
-        ((256, 256), (256, 256)),
-        ((100, 80), (288, 224)),
-        ((128, 512), (128, 512)),
-        ((90, 360), (128, 512)),
-        ((300, 300), (256, 256)),
+        ({"negative_prompt": "blue"}, "scm has no unconditional branch"),
+        ({"pag_guidance_scale": 2.0}, "scm has no unconditional branch"),
+        ({"interval_guidance": (0.1, 0.9)}, "scm has no unconditional branch"),
+        ({"sampler": "flow_euler"}, "'flow_euler' does not fit SanaMSCM_1600M_P1_D20"),
+        ({"num_inference_steps": 0}, "at least 1, got 0"),
     ],
 )
-def test_sizes_are_drawn_at_the_nearest_of_the_table(pipeline, asked, drawn):
-    assert pipeline.sizes(*asked, True) == (asked, drawn)
-
-
-def test_binning_scales_and_crops(pipeline):
-    noise = noise_of(2, 1, 32, 8, 8)
-    full = pipeline("a red circle", latents=noise, num_inference_steps=2)
-    smaller = pipeline("a red circle", 128, 120, latents=noise, num_inference_steps=2)
-    halved = torch.nn.functional.interpolate(full, (128, 128), mode="bilinear", align_corners=False)
-    assert torch.equal(smaller, halved[..., 4:124])
-    assert pipeline("a red circle", 90, 150, num_inference_steps=2).shape == (1, 3, 90, 150)
-
-
-def test_non_square_without_binning(pipeline):
-    settings = {"use_resolution_binning": False, "num_inference_steps": 2}
-    wide = pipeline("a red circle", 64, 160, **settings)
-    assert wide.shape == (1, 3, 64, 160)
-    assert pipeline("a red circle", 64, **settings).shape == (1, 3, 64, 256)
-
-
-@pytest.mark.parametrize(
-    ("size", "binning", "message"),
-    [
-        ((250, 70), False, "multiples of 32, got 250 x 70; the nearest size is 256 x 64"),
-        ((0, 64), False, "multiples of 32, got 0 x 64; the nearest size is 32 x 64"),
-        ((-64, 64), True, "got -64 x 64"),
-        ((64, 512), True, r"from 0.25 to 4.0, not 64 x 512; the nearest size is 128 x 512"),
-        ((2048, 256), True, "the nearest size is 512 x 128"),
-    ],
-)
-def test_impossible_sizes_name_the_nearest_possible(pipeline, size, binning, message):
+def test_sprint_refuses_what_would_have_no_effect(sprint, settings, message):
     with pytest.raises(ValueError, match=message):
-        pipeline("a red circle", *size, use_resolution_binning=binning)
+        sprint("a red circle", **settings)
 
 
-def test_enlarging_is_said(pipeline, caplog):
-    pipeline.sizes(360, 360, True)
-    assert not caplog.records
-    pipeline.sizes(1024, 1024, True)
-    assert "drawn at 256 x 256 and enlarged to 1024 x 1024" in caplog.text
+# Defects of the reference, each with its name
 
 
-def test_every_bucket_can_be_drawn(pipeline):
-    assert len(pipeline.buckets) >= 9
-    assert all(side % 32 == 0 for size in pipeline.buckets.values() for side in size)
+def test_defect_only_the_first_prompt_of_a_list_was_returned(draw):
+    pictures = draw(["a red circle", "three blue stars"], num_images_per_prompt=2, seed=1)
+    assert len(pictures) == 4
+    assert torch.equal(
+        pictures[2:],
+        draw("three blue stars", seed=[image_seed(1, 1, j) for j in (0, 1)], num_images_per_prompt=2),
+    )
+
+
+def test_defect_a_negative_prompt_stayed_for_later_calls(pipeline, draw, text_seen):
+    draw("a red circle")
+    draw("a red circle", negative_prompt="a blue star")
+    draw("a red circle")
+    before, during, after = (null.embeds for _, null, _ in text_seen)
+    assert torch.equal(before, after)
+    assert not torch.equal(before, during)
+
+
+def test_defect_perturbed_attention_stayed_off_after_a_call_without_it(draw, text_seen):
+    with_it = draw("a red circle", pag_guidance_scale=2.0)
+    draw("a red circle", pag_guidance_scale=1.0)
+    assert torch.equal(with_it, draw("a red circle", pag_guidance_scale=2.0))
+    assert [guidance.uses_pag for _, _, guidance in text_seen] == [True, False, True]
+
+
+def test_defect_the_default_generator_was_shared_between_calls(draw):
+    state = torch.get_rng_state()
+    assert torch.equal(draw("a red circle"), draw("a red circle"))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_defect_the_default_generator_was_on_the_wrong_device(pipeline, monkeypatch):
+    """Noise is drawn where its generator is, and then brought to the networks; here to a device without memory."""
+    monkeypatch.setattr(SanaPipeline, "device", torch.device("meta"))
+    for generator in (None, torch.Generator("cpu")):
+        noise, noise_like = pipeline._noise(2, 1, (64, 96), generator, None, None)
+        assert noise.device.type == noise_like(1).device.type == "meta"
+        assert noise.shape == noise_like(1).shape == (2, 32, 2, 3)
+
+
+def test_defect_noise_was_square_whatever_the_size(pipeline):
+    settings = {"num_inference_steps": 2, "output_type": "latent", "use_resolution_binning": False}
+    assert pipeline("a red circle", height=64, width=160, **settings).shape == (1, 32, 2, 5)
+    assert pipeline("a red circle --hw 160:64", **settings).shape == (1, 32, 5, 2)
 
 
 # Failures
@@ -302,50 +409,7 @@ def test_pixels_that_are_not_finite_are_an_error(pipeline, draw, monkeypatch):
         draw("a red circle")
 
 
-def test_weights_are_loaded_strictly(config_path, tmp_path):
-    pipeline = SanaPipeline(load_config(config_path, ["model.load_from="]))
-    assert pipeline.weights is None
-    assert pipeline.weights_sha256 is None
-    with pytest.raises(ValueError, match="no weights are loaded: call from_pretrained"):
-        pipeline("a red circle")
-    state = load_file(config_path.parent / "transformer.safetensors")
-    save_file(
-        {name: value for name, value in state.items() if "x_embedder" not in name},
-        tmp_path / "part.safetensors",
-    )
-    with pytest.raises(ValueError, match="x_embedder"):
-        pipeline.from_pretrained(tmp_path / "part.safetensors")
-    with pytest.raises(ValueError, match="no weights are loaded"):
-        pipeline("a red circle")
-    assert pipeline.from_pretrained(config_path.parent / "transformer.safetensors") is pipeline
-    assert pipeline.weights_sha256 == hub.sha256(config_path.parent / "transformer.safetensors")
-    torch.save({"state_dict": {name: 2 * value for name, value in state.items()}}, tmp_path / "double.pth")
-    pipeline.from_pretrained(tmp_path / "double.pth")
-    assert torch.equal(pipeline.transformer.state_dict()["t_block.1.bias"], 2 * state["t_block.1.bias"])
-    assert pipeline.weights_sha256 == hub.sha256(tmp_path / "double.pth")
-
-
 # Making one
-
-
-def test_dtypes(config_path, pipeline):
-    assert pipeline.config.model.mixed_precision == "bf16"
-    assert {pipeline.dtype, pipeline.autoencoder.dtype, pipeline.text_encoder.model.dtype} == {torch.float32}
-    assert pipeline.transformer.config.fp32_attention
-    half = SanaPipeline(config_path, dtype="bf16", device="cpu")
-    assert half.dtype == torch.bfloat16
-    assert half.autoencoder.dtype == half.text_encoder.model.dtype == torch.float32
-    assert not half.transformer.config.fp32_attention
-    picture = half("a red circle", num_inference_steps=2)
-    assert picture.dtype == torch.float32
-    # bfloat16 has 8 bits: measured 1 % at 2 steps
-    assert_close("bf16", picture, pipeline("a red circle", num_inference_steps=2), rel_rms=0.03)
-    for settings, message in (
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"device": "abacus"}, "no device 'abacus'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            SanaPipeline(config_path, **settings)
 
 
 def test_from_components(pipeline):
@@ -356,6 +420,22 @@ def test_from_components(pipeline):
         made("a red circle", num_inference_steps=2) - pipeline("a red circle", num_inference_steps=2)
     ).std() > 0.05
     assert other.config.model_max_length == TEXT_LENGTH
+    wide = make_transformer(caption_channels=48)
+    with pytest.raises(ValueError, match="text encoder's width 32 is not the 48"):
+        SanaPipeline.from_components(pipeline.config, wide, pipeline.autoencoder, pipeline.text_encoder)
+    with pytest.raises(ValueError, match="number of latent channels 32 is not the 16"):
+        SanaPipeline.from_components(
+            pipeline.config,
+            make_transformer(in_channels=16, out_channels=16),
+            pipeline.autoencoder,
+            pipeline.text_encoder,
+        )
+
+
+def test_parts_that_do_not_fit_each_other_are_refused(config_path):
+    config = load_config(config_path, ["text_encoder.caption_channels=48", "model.load_from="])
+    with pytest.raises(ValueError, match="text encoder's width 32 is not the 48 that the transformer reads"):
+        SanaPipeline(config)
 
 
 def test_the_shift_of_inference_comes_first(config_path, draw):
@@ -366,6 +446,11 @@ def test_the_shift_of_inference_comes_first(config_path, draw):
 
 def test_public_names(config_path):
     assert sana.SanaPipeline is SanaPipeline
+    names = list(inspect.signature(PublishedPipeline.__call__).parameters)
+    assert names[1:12] == [
+        *("prompt", "height", "width", "negative_prompt", "num_inference_steps", "guidance_scale"),
+        *("pag_guidance_scale", "num_images_per_prompt", "generator", "latents", "use_resolution_binning"),
+    ]
     published = PublishedPipeline(str(config_path))
     published.from_pretrained(str(config_path.parent / "transformer.safetensors"))
     seen = []
@@ -385,14 +470,19 @@ def test_public_names(config_path):
     assert len(seen) == 2
 
 
-def test_equal_prompts_are_encoded_once(pipeline):
-    texts = []
+def test_prompts_can_be_lower_cased(config_path, pipeline):
+    settings = {"num_inference_steps": 2, "output_type": "latent"}
+    lower = SanaPipeline(config_path, lowercase=True)
+    plain = pipeline("a red circle", **settings)
+    assert torch.equal(lower(" A Red CIRCLE\n", **settings), plain)
+    assert not torch.equal(pipeline("A Red CIRCLE", **settings), plain)
 
-    def encode(prompts):
-        texts.append(prompts)
-        return pipeline.text_encoder.encode(prompts)
 
-    features = module._encode_each(encode, ["b", "a", "b"])
-    assert texts == [["b", "a"]]
-    assert torch.equal(features.embeds[0], features.embeds[2])
-    assert not torch.equal(features.embeds[0], features.embeds[1])
+def test_equal_prompts_are_encoded_once(pipeline, draw):
+    rows = []
+    hook = pipeline.text_encoder.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with hook:
+        draw(["a red circle", "a blue star", "a red circle"], num_images_per_prompt=2)
+    assert rows == [2, 1]  # two prompts, one empty negative prompt

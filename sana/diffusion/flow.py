@@ -8,6 +8,7 @@ so the signal is alpha_t = 1 - t, the noise sigma_t = t, and a velocity gives th
 A time is a Python float, or a tensor (B,) with one time per sample; networks see `network_time(t)`.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TypeVar
@@ -149,10 +150,12 @@ class TimestepDensity:
             raise ValueError(f"the std of a timestep density must be positive, got {self.std}")
 
 
+@functools.lru_cache(maxsize=8)  # training asks for them for every sample
 def training_levels(shift: float) -> Tensor:
     """The 1000 noise levels of training: t_i = shift_time(i / 1000), (1000,) float64, increasing from 0.
 
-    They are the sampler's grid at 999 steps; `network_time` of them is the published integer table.
+    They are the sampler's grid at 999 steps; `network_time` of them is the published integer table. The tensor is shared
+    by all callers: read it, do not write to it.
     """
     return sigma_schedule(NUM_LEVELS - 1, shift).flip(0)
 

@@ -106,5 +106,5 @@ SOLVERS = {
 }
 """Name in the configs -> (schedule(num_steps, shift), solver(velocity, noise, sigmas, callback))."""
 
-DEFAULT_STEPS = {"flow_dpm-solver": 20, "flow_euler": 28}
-"""Name in the configs -> number of steps when none is asked for."""
+DEFAULT_STEPS = {"flow_dpm-solver": 20, "flow_euler": 28, "scm": 2}
+"""Name in the configs -> number of steps when none is asked for. `scm` is in `sana.diffusion.scm`: it solves no flow."""

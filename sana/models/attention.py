@@ -17,6 +17,9 @@ SELF_QK_NORM_EPS = 1e-5
 CROSS_QK_NORM_EPS = 1e-6
 """The reference's two values; diffusers uses 1e-5 for both."""
 
+FP16_MAX = 65504.0
+"""The largest float16."""
+
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, N, D) -> (B, H, N, d): channel c belongs to head c // d."""
@@ -31,10 +34,13 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
 class LinearSelfAttention(nn.Module):
     """Self-attention with a ReLU feature map: cost linear in the number of tokens."""
 
-    def __init__(self, hidden_size: int, *, head_dim: int, qk_norm: bool, fp32: bool) -> None:
+    def __init__(
+        self, hidden_size: int, *, head_dim: int, qk_norm: bool, fp32: bool, clamp: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = hidden_size // head_dim
         self.fp32 = fp32
+        self.clamp = clamp
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.proj = nn.Linear(hidden_size, hidden_size)
         # Over the full width, before the heads are split.
@@ -45,13 +51,14 @@ class LinearSelfAttention(nn.Module):
         """x: (B, N, D) -> (B, N, D).
 
         `perturbed` makes the attention map the identity, proj(V x), for perturbed-attention guidance
-        (arXiv 2403.17377).
+        (arXiv 2403.17377). With `clamp` the output is clipped to the range of float16, in any dtype.
         """
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if perturbed:
-            return self.proj(v)
-        q, k, v = (split_heads(part, self.num_heads) for part in (self.q_norm(q), self.k_norm(k), v))
-        return self.proj(merge_heads(linear_attention(q, k, v, eps=LINEAR_ATTENTION_EPS, fp32=self.fp32)))
+        if not perturbed:
+            q, k, v = (split_heads(part, self.num_heads) for part in (self.q_norm(q), self.k_norm(k), v))
+            v = merge_heads(linear_attention(q, k, v, eps=LINEAR_ATTENTION_EPS, fp32=self.fp32))
+        output = self.proj(v)
+        return output.clamp(-FP16_MAX, FP16_MAX) if self.clamp else output
 
 
 class CrossAttention(nn.Module):

@@ -6,14 +6,22 @@ their config, 0.41407 for the published ones) and is applied here and nowhere el
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sana.models import dc_ae_names
+from sana.models.checkpoints import AUTOENCODERS
 from sana.utils import hub
+
+NATIVE_WEIGHTS = "model.safetensors"
+"""The file of a DC-AE as its authors release it, beside a config.json; diffusers' has another name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,8 @@ class AutoencoderConfig:
     downsample_block_type: str = "pixel_unshuffle"
     upsample_block_type: str = "pixel_shuffle"
     latent_channels: int = 32
+    encoder_out_shortcut: bool = False
+    decoder_in_shortcut: bool = False
     scaling_factor: float = 1.0
 
 
@@ -52,20 +62,33 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> Autoencoder:
-        """Load a diffusers folder, local or on the hub ("owner/name" or "hf://owner/name").
+        """Load a folder, local or on the hub ("owner/name" or "hf://owner/name").
+
+        Args:
+            path: a diffusers folder, or one of the authors' releases (DC-AE 1.0, 1.1, Lite: `config.json` and
+                `model.safetensors` with their own names).
+            dtype: of the weights; None is what they are stored in.
 
         Raises:
             ValueError: nothing loadable is there.
         """
         folder = hub.resolve_model(path)
         try:
-            model = AutoencoderDC.from_pretrained(folder, torch_dtype=dtype)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            if (folder / NATIVE_WEIGHTS).is_file():
+                model = _read_native(folder)
+            else:
+                model = AutoencoderDC.from_pretrained(folder, torch_dtype=dtype or _stored_dtype(folder))
+                model.register_to_config(_name_or_path="")  # a copy must not name a folder of this machine
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise ValueError(f"cannot load an AutoencoderDC from {str(path)!r}: {reason}") from error
-        return cls(model).to(device).eval().requires_grad_(False)
+        return cls(model).to(device, dtype).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers folder, its weights stored as `dtype` (as they are when None)."""
@@ -111,3 +134,43 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 32, h, w) -> images (B, 3, 32 h, 32 w) in about [-1, 1]."""
         return self.model.decode((latents / self.scaling_factor).to(self.dtype)).sample
+
+
+def find_autoencoder(path: str | Path) -> Path | None:
+    """The folder of a DC-AE that `path` names, judged without reading its weights; None if it names something else.
+
+    Nothing but the published ones, by their hub ids, is downloaded.
+    """
+    published = str(path).removeprefix("hf://") in AUTOENCODERS
+    folder = hub.resolve_model(path) if published else Path(path)
+    if (folder / NATIVE_WEIGHTS).is_file():
+        try:
+            with safe_open(folder / NATIVE_WEIGHTS, "pt") as weights:
+                return folder if dc_ae_names.is_native(weights.keys()) else None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / NATIVE_WEIGHTS}: truncated or corrupt: {error}") from error
+    config = folder / "config.json"
+    return folder if config.is_file() and '"AutoencoderDC"' in config.read_text(encoding="utf-8") else None
+
+
+def _read_native(folder: Path) -> AutoencoderDC:
+    """The network of an authors' release, in the dtype that it is stored in."""
+    state = load_file(folder / NATIVE_WEIGHTS)
+    if not dc_ae_names.is_native(state):
+        raise ValueError(f"{NATIVE_WEIGHTS} holds no DC-AE")
+    state = dc_ae_names.from_native(state)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    scale = settings.get("scaling_factor", dc_ae_names.SCALING_FACTOR)
+    with torch.device("meta"):
+        model = AutoencoderDC(**dc_ae_names.layout(state), scaling_factor=scale)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the weights in a diffusers folder; float32 if it holds no safetensors file."""
+    file = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    if file is None:
+        return torch.float32
+    with safe_open(file, "pt") as handle:
+        return handle.get_tensor(next(iter(handle.keys()))).dtype

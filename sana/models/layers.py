@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of the timestep, then a two-layer perceptron."""
+    """Sinusoidal features of a number (the timestep, Sprint's guidance scale), then a two-layer perceptron."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        """timestep: (B,) in [0, 1000] -> (B, D)."""
+        """timestep: (B,) -> (B, D)."""
         return self.mlp(timestep_features(timestep).to(self.mlp[0].weight.dtype))
 
 

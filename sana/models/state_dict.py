@@ -1,11 +1,9 @@
-"""Transformer weights: read files, rename between the published names and those of diffusers, load strictly.
-
-The table of names is that of diffusers' own conversion script (scripts/convert_sana_to_diffusers.py).
-"""
+"""Transformer weights: read files of every published kind, load them strictly, write them."""
 
 import pickle
+import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
 from pathlib import Path
 
 import torch
@@ -13,80 +11,90 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from sana.models.checkpoints import find_published
+from sana.models.key_names import (
+    NULL_CAPTION,
+    RECOMPUTED,
+    State,
+    from_diffusers,
+    misfits,
+    shorten,
+    to_diffusers,
+    to_published,
+)
+from sana.models.zoo import recognise
+from sana.utils import hub
 from sana.utils.files import write_atomic
-from sana.utils.hub import resolve
 from sana.utils.logging import get_logger
+
+__all__ = [
+    "NULL_CAPTION",
+    "RECOMPUTED",
+    "State",
+    "from_diffusers",
+    "load_into",
+    "load_transformer_state",
+    "resolve_transformer",
+    "save_transformer",
+    "to_diffusers",
+]
 
 logger = get_logger(__name__)
 
-State = Mapping[str, torch.Tensor]
 
-NULL_CAPTION = "y_embedder.y_embedding"
-"""Buffer without a counterpart in diffusers; only training reads it, and overwrites it first."""
-
-RECOMPUTED = ("pos_embed",)
-"""Stored in published checkpoints, but a function of the grid: dropped on load."""
-
-# Modules outside the blocks: published name -> diffusers name.
-_TOP = {
-    "x_embedder.proj": "patch_embed.proj",
-    "t_embedder.mlp.0": "time_embed.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_embed.emb.timestep_embedder.linear_2",
-    "t_block.1": "time_embed.linear",
-    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
-    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
-    "attention_y_norm": "caption_norm",
-    "final_layer": "",  # holds a scale_shift_table
-    "final_layer.linear": "proj_out",
-}
-# Modules of a block. A tuple: one published matrix whose rows are these, in this order.
-_BLOCK: dict[str, str | tuple[str, ...]] = {
-    "": "",  # holds a scale_shift_table
-    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "attn.q_norm": "attn1.norm_q",
-    "attn.k_norm": "attn1.norm_k",
-    "attn.proj": "attn1.to_out.0",
-    "cross_attn.q_linear": "attn2.to_q",
-    "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
-    "cross_attn.q_norm": "attn2.norm_q",
-    "cross_attn.k_norm": "attn2.norm_k",
-    "cross_attn.proj": "attn2.to_out.0",
-    "mlp.inverted_conv.conv": "ff.conv_inverted",
-    "mlp.depth_conv.conv": "ff.conv_depth",
-    "mlp.point_conv.conv": "ff.conv_point",
-}
-_INVERSE_TOP = {theirs: ours for ours, theirs in _TOP.items()}
-# diffusers name -> (published name, index of the part, number of parts)
-_INVERSE_BLOCK = {
-    part: (ours, index, len(parts))
-    for ours, theirs in _BLOCK.items()
-    for parts in [(theirs,) if isinstance(theirs, str) else theirs]
-    for index, part in enumerate(parts)
-}
-
-
-def load_transformer_state(path: str | Path) -> dict[str, torch.Tensor]:
+def load_transformer_state(path: str | Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
     """Read the weights of a transformer, under the published names whatever the file's own.
 
+    Most tensors are views of the mapped file, on the CPU: their memory is the system's cache of the file. `logvar_linear`,
+    which only Sprint's training needs, is left out.
+
     Args:
-        path: a local path or an `hf://` address (see `sana.utils.hub.resolve`) of a `.pth` file (a state
-            dict, bare or under the key "state_dict") or a `.safetensors` file, with the published names or
-            those of diffusers.
+        path: given as for `sana.utils.hub.resolve_model`, so also `hf://owner/repo[/path]` and `owner/name`:
+
+            * `.pth`, `.pt` or `.bin`: a pickle of a state dict, bare or under the key "state_dict";
+            * `.safetensors`, or the index (`.safetensors.index.json`) of several of them;
+            * a folder with one of these: of diffusers' transformer, or of a pipeline with a `transformer/` in it.
+        ema: take the averaged weights of a training checkpoint ("state_dict_ema").
 
     Raises:
-        ValueError: no such file, an unknown kind of file, a corrupt one, or one of something else.
+        ValueError: nothing is there, or it is corrupt, incomplete, of an unknown kind, or of something else.
     """
-    file = resolve(path)
-    reader = _READERS.get(file.suffix)
-    if reader is None or not file.is_file():
-        raise ValueError(f"{file}: not a checkpoint file; expected one that ends in {' or '.join(_READERS)}")
-    state = reader(file)
+    file = resolve_transformer(path)
+    if not (hub.is_index(file) or file.suffix in hub.WEIGHT_SUFFIXES):
+        endings = ", ".join(hub.WEIGHT_SUFFIXES)
+        raise ValueError(f"{file}: not a checkpoint file; expected one that ends in {endings}, or an index")
+    if hub.is_index(file) or file.suffix == ".safetensors":
+        if ema:
+            raise ValueError(
+                f"{file}: holds no averaged weights (EMA): only a training checkpoint, a .pth, does"
+            )
+        state = _read_shards(file) if hub.is_index(file) else _read_safetensors(file)
+    else:
+        state = _read_pickle(file, ema=ema)
     wrong = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if wrong or not state:
         raise ValueError(
-            f"{file}: not a state dict: {_shorten(wrong) + ' no tensor' if wrong else 'it is empty'}"
+            f"{file}: not a state dict: {shorten(wrong) + ' no tensor' if wrong else 'it is empty'}"
         )
-    return from_diffusers(state) if any(key.startswith("transformer_blocks.") for key in state) else state
+    try:
+        return to_published(state)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def resolve_transformer(path: str | Path) -> Path:
+    """The one file, or the index, that `load_transformer_state` reads for `path`; of the hub no more is downloaded.
+
+    The repository of a published `.pth` stands for that file.
+
+    Raises:
+        ValueError: as `sana.utils.hub.resolve_weights`.
+    """
+    published = find_published(path)
+    name = str(path).removeprefix("hf://").rstrip("/")
+    if published is not None and name == published.repo and not Path(path).exists():
+        path = published.pth
+    return hub.resolve_weights(path, part="transformer")
 
 
 # What torch.load was seen to raise on damaged files in its two formats.
@@ -96,15 +104,32 @@ _UNREADABLE = (
 )
 
 
-def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+def _read_pickle(file: Path, *, ema: bool) -> dict[str, torch.Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_state()):
+            # Only the newer of torch's two formats, a zip archive, can be mapped.
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except _UNREADABLE as error:
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{file}: refused, nothing of it was run: beside tensors it holds {foreign[1]}, and a pickle may run code"
+            ) from error
         raise ValueError(f"{file}: truncated, corrupt, or not only tensors: {_first_line(error)}") from error
+    if ema and not (isinstance(content, dict) and "state_dict_ema" in content):
+        raise ValueError(f'{file}: holds no averaged weights (EMA; key "state_dict_ema")')
     state = content.get("state_dict", content) if isinstance(content, dict) else None
+    state = content["state_dict_ema"] if ema else state
     if not isinstance(state, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not a state dict")
     return dict(state)
+
+
+def _numpy_state() -> list:
+    """What the state of NumPy's generator in the reference's training checkpoints is made of: plain arrays."""
+    import numpy as np  # lazy: nothing else here needs it
+
+    build = np._core.multiarray._reconstruct
+    return [build, (build, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, np.dtypes.UInt32DType]
 
 
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
@@ -114,110 +139,47 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file}: truncated or corrupt: {_first_line(error)}") from error
 
 
-_READERS: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
-    ".pth": _read_pickle,
-    ".safetensors": _read_safetensors,
-}
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    places = hub.read_index(index)
+    shards = sorted(set(places.values()))
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise ValueError(f"{index}: {len(missing)} of its {len(shards)} shards missing: {shorten(missing)}")
+    state: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        state |= _read_safetensors(index.parent / shard)
+    if lost := places.keys() - state.keys():
+        raise ValueError(f"{index}: its shards lack {shorten(lost)}")
+    return state
 
 
 def load_into(model: nn.Module, state: State) -> None:
-    """Load a state with published names into `model`, strictly.
+    """Load a state with published names into `model`, strictly, in the dtype and on the device of the model.
 
     Two exceptions, and no other: `pos_embed` is ignored, for the model recomputes it; the null caption may be
     absent (a state that comes from diffusers has none), and the model then keeps its own.
 
     Raises:
-        ValueError: names every kind of missing, unexpected and misshapen tensor. The model is then unchanged.
+        ValueError: names every kind of missing, unexpected and misshapen tensor, and the architecture that would fit.
+            The model is then unchanged.
     """
     own = model.state_dict()
+    if problems := misfits(own, state):
+        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}{_fitting(state)}")
     state = {key: value for key, value in state.items() if key not in RECOMPUTED}
-    problems = []
-    if missing := own.keys() - state.keys() - {NULL_CAPTION}:
-        problems.append(f"the checkpoint lacks {_shorten(missing)}")
-    if unexpected := state.keys() - own.keys():
-        problems.append(f"the model has no {_shorten(unexpected)}")
-    if misshapen := [
-        f"{key} is {tuple(state[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the model"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]:
-        problems.append(_shorten(misshapen))
-    if problems:
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}")
     if NULL_CAPTION in own and NULL_CAPTION not in state:
         logger.info("the checkpoint has no %s: the model keeps its own", NULL_CAPTION)
         state[NULL_CAPTION] = own[NULL_CAPTION]
     model.load_state_dict(state)
 
 
-def to_diffusers(state: State) -> dict[str, torch.Tensor]:
-    """Rename published names to those of diffusers' `SanaTransformer2DModel`.
-
-    The null caption and `pos_embed` have none and are left out.
-
-    Raises:
-        ValueError: a name that the table does not have.
-    """
-    renamed: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
-        if key in (*RECOMPUTED, NULL_CAPTION):
-            continue
-        prefix, module, leaf = _split(key, "blocks")
-        theirs = (_BLOCK if prefix else _TOP).get(module)
-        if theirs is None:
-            raise ValueError(f"no diffusers name for {key!r}")
-        if isinstance(theirs, str):
-            renamed[_join(prefix and f"transformer_{prefix}", theirs, leaf)] = value
-        else:
-            for part, rows in zip(theirs, value.chunk(len(theirs)), strict=True):
-                # A copy: safetensors refuses to save views of one storage.
-                renamed[_join(f"transformer_{prefix}", part, leaf)] = rows.clone()
-    return renamed
-
-
-def from_diffusers(state: State) -> dict[str, torch.Tensor]:
-    """Rename diffusers' names to the published ones; the inverse of `to_diffusers`, bit for bit.
-
-    Raises:
-        ValueError: a name that the table does not have, or a query, key or value without the others.
-    """
-    renamed: dict[str, torch.Tensor] = {}
-    fused: dict[str, list[torch.Tensor | None]] = {}
-    for key, value in state.items():
-        prefix, module, leaf = _split(key, "transformer_blocks")
-        if not prefix and module in _INVERSE_TOP:
-            renamed[_join("", _INVERSE_TOP[module], leaf)] = value
-        elif prefix and module in _INVERSE_BLOCK:
-            ours, index, count = _INVERSE_BLOCK[module]
-            name = _join(prefix.removeprefix("transformer_"), ours, leaf)
-            fused.setdefault(name, [None] * count)[index] = value
-        else:
-            raise ValueError(f"no published name for {key!r}")
-    for name, parts in fused.items():
-        present = [part for part in parts if part is not None]
-        if len(present) < len(parts):
-            raise ValueError(
-                f"{name} needs {len(parts)} tensors of the diffusers state, which has {len(present)}"
-            )
-        renamed[name] = present[0] if len(present) == 1 else torch.cat(present)
-    return renamed
-
-
-def _split(key: str, blocks: str) -> tuple[str, str, str]:
-    """Split blocks.3.attn.qkv.weight into blocks.3, attn.qkv, weight; the first is "" outside the blocks."""
-    *module, leaf = key.split(".")
-    if module[:1] == [blocks] and len(module) > 1:
-        return ".".join(module[:2]), ".".join(module[2:]), leaf
-    return "", ".".join(module), leaf
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _shorten(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _fitting(state: State) -> str:
+    """ "; it fits ...", or nothing where no known architecture does."""
+    try:
+        name, overrides = recognise(state)
+    except ValueError:
+        return ""
+    settings = ", ".join(f"{key}={value}" for key, value in overrides.items())
+    return f"; it fits {name}{settings and f' with {settings}'}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,17 +1,19 @@
 """A decoder-only language model as text encoder, behind a complex human instruction (CHI).
 
-The instruction asks the model to enhance the prompt; what the model is about to say is in the hidden states of the
-prompt's tokens, and those condition the transformer. Sana, arXiv 2410.10629, section 2.3.
+The instruction asks the model to enhance the prompt; what the model is about to say is in the hidden states
+of the prompt's tokens, and those condition the transformer. Sana, arXiv 2410.10629, section 2.3.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +31,12 @@ HUB_NAMES = {
 }
 """The names that published configs use; the released weights want gemma-2-2b-it."""
 
+T5_NAMES = ("T5", "T5-small", "T5-base", "T5-large", "T5-xl", "T5-xxl")
+"""Names that published configs may hold too; no published weights were trained with one of them."""
+
+NULL_MASKS = ("prompt", "own")
+"""Whose mask the unconditional branch has, see `unconditional_mask`; the first is the reference's choice."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextFeatures:
@@ -43,15 +51,41 @@ class TextFeatures:
         return TextFeatures(self.embeds[:, :width], self.mask[:, :width])
 
 
+def unconditional_mask(text_mask: Tensor, null_mask: Tensor, convention: str = "prompt") -> Tensor:
+    """The mask (B, L) under which the unconditional branch sees its negative prompts, empty or not.
+
+    "prompt": that of the prompts, as in the reference. In training a dropped caption keeps its mask, so the
+    network has learnt to read as many states of the null caption as the prompt has tokens, those of its
+    padding among them. A negative prompt that is longer than the prompt is then cut off.
+    "own": that of the negative prompts, as in diffusers.
+
+    Args:
+        text_mask: (B, L), of the prompts.
+        null_mask: (B, L), of the negative prompts.
+        convention: one of `NULL_MASKS`.
+
+    Raises:
+        ValueError: unknown convention.
+    """
+    if convention not in NULL_MASKS:
+        raise ValueError(
+            f"unknown mask of the negative prompts {convention!r}; choose from {', '.join(NULL_MASKS)}"
+        )
+    return text_mask if convention == "prompt" else null_mask
+
+
 class TextEncoder(nn.Module):
     """Prompts to `TextFeatures` of exactly `max_length` tokens.
 
     Args:
-        model: the decoder without its language-model head; its first output is the hidden state after the final norm.
+        model: the decoder without its language-model head; its first output is the hidden state after the
+            final norm.
         tokenizer: its tokenizer; padding goes to the right, whatever it was set to.
         max_length: L, tokens that the transformer sees (300 in the published models).
-        chi_prompt: lines of the instruction, joined by newlines; the prompt follows at once, so the last line should end
-            with a space. Empty: no instruction.
+        chi_prompt: lines of the instruction, joined by newlines; the prompt follows at once, so the last line
+            should end with a space. Empty: no instruction.
+        lowercase: lower-case prompts and strip their outer white space, as diffusers does. The reference does
+            not.
     """
 
     def __init__(
@@ -61,11 +95,12 @@ class TextEncoder(nn.Module):
         *,
         max_length: int = 300,
         chi_prompt: Sequence[str] = (),
+        lowercase: bool = False,
     ) -> None:
         super().__init__()
         if max_length < 2:
             raise ValueError(f"model_max_length must be at least 2, got {max_length}")
-        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+        self.model, self.tokenizer, self.max_length, self.lowercase = model, tokenizer, max_length, lowercase
         self.tokenizer.padding_side = "right"
         self.chi = "\n".join(chi_prompt)
 
@@ -76,23 +111,45 @@ class TextEncoder(nn.Module):
         *,
         max_length: int = 300,
         chi_prompt: Sequence[str] = (),
+        lowercase: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> TextEncoder:
-        """Load a transformers folder, a hub name, or one of `HUB_NAMES`.
+        """Load a transformers folder, a diffusers pipeline folder, a hub name, or one of `HUB_NAMES`.
+
+        Of a pipeline folder, `text_encoder/` and `tokenizer/` are read; naming its `text_encoder/` does the
+        same.
 
         Raises:
-            ValueError: nothing loadable is there.
+            ValueError: nothing loadable is there, weights are missing, or it is no decoder-only model.
         """
-        name = HUB_NAMES.get(str(name_or_path), str(name_or_path))
-        folder = hub.resolve_model(name)
+        model_folder, tokenizer_folder = _find(str(name_or_path))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModel.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"cannot load a text encoder from {name!r}: {reason}") from error
-        encoder = cls(model, tokenizer, max_length=max_length, chi_prompt=chi_prompt)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+            model, report = AutoModel.from_pretrained(model_folder, dtype=dtype, output_loading_info=True)
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            LookupError,
+            TypeError,
+            ImportError,
+            SafetensorError,
+        ) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"cannot load a text encoder from {str(name_or_path)!r}: {reason}") from error
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{str(name_or_path)!r} is a {model.config.model_type} encoder-decoder: "
+                "Sana needs a decoder-only model"
+            )
+        # transformers would go on with random weights.
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"the text encoder in {str(name_or_path)!r} lacks {len(missing)} weights, "
+                f"{missing[0]} among them"
+            )
+        encoder = cls(model, tokenizer, max_length=max_length, chi_prompt=chi_prompt, lowercase=lowercase)
         return encoder.to(device).eval().requires_grad_(False)
 
     @property
@@ -106,36 +163,40 @@ class TextEncoder(nn.Module):
         return self.model.device
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> TextFeatures:
-        """Encode prompts behind the instruction: the first token (BOS) and the last `max_length` - 1 positions.
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Encode prompts behind the instruction: position 0 (BOS) and the last `max_length` - 1 positions.
 
-        The instruction's trailing space is a token of its own when it stands alone and merges with the prompt's first
-        word when not; so one token of the instruction is given back, and the window begins with that first word.
+        With n tokens in the instruction alone, these are the positions n - 1 to n + `max_length` - 3,
+        whatever stands there. The instruction ends with a space, its token n - 1, which merges with the word
+        that follows; so the window begins with the prompt's first word. Where the space merges with nothing
+        (before a digit, an emoji, a newline, most Chinese or Japanese, or the empty prompt), the window
+        begins with the lone space, as it did in training. Tokens beyond the window are cut off.
         """
         if not self.chi:
-            return self._forward(prompts, self.max_length, trim=True)
+            return self._forward(prompts, "", self.max_length, trim=True)
         length = len(self.tokenizer.encode(self.chi)) + self.max_length - 2
-        features = self._forward([self.chi + prompt for prompt in prompts], length, trim=True)
+        features = self._forward(prompts, self.chi, length, trim=True)
         window = [0, *range(length - self.max_length + 1, length)]
         return TextFeatures(features.embeds[:, window], features.mask[:, window])
 
     @torch.no_grad()
-    def encode_unconditional(self, prompts: list[str]) -> TextFeatures:
-        """Encode the null caption "" or negative prompts: no instruction, and hidden states of the padding as well.
+    def encode_unconditional(self, prompts: Sequence[str]) -> TextFeatures:
+        """Encode the null caption "" or negative prompts: no instruction, but hidden states of the padding.
 
-        The padding's states matter: in training a dropped caption keeps its mask, so the transformer has learnt to read
-        as many of the null caption's states as the prompt has tokens.
+        They matter: see `unconditional_mask`.
         """
-        return self._forward(prompts, self.max_length, trim=False)
+        return self._forward(prompts, "", self.max_length, trim=False)
 
-    def _forward(self, texts: list[str], length: int, *, trim: bool) -> TextFeatures:
-        """Hidden states of `texts`, padded or truncated to `length` tokens.
+    def _forward(self, prompts: Sequence[str], prefix: str, length: int, *, trim: bool) -> TextFeatures:
+        """Hidden states of prefix + prompt, padded or truncated to `length` tokens; computed once if equal.
 
-        With `trim` the columns that are padding in every text are not computed but zero. Padding lies to the right of a
-        causal model's text, so that the valid states do not change.
+        With `trim` the columns that are padding in every text are not computed but zero. Padding lies to the
+        right of a causal model's text, so that the valid states do not change.
         """
+        texts = [prefix + (prompt.lower().strip() if self.lowercase else prompt) for prompt in prompts]
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         tokens = self.tokenizer(
-            texts,
+            list(rows),
             padding="max_length",
             truncation=True,
             max_length=length,
@@ -143,6 +204,24 @@ class TextEncoder(nn.Module):
             return_attention_mask=True,
         ).to(self.device)
         ids, mask = tokens.input_ids, tokens.attention_mask
-        width = int(mask.sum(dim=1).max()) if trim else length
+        width = max(1, int(mask.sum(dim=1).max())) if trim else length
         hidden = self.model(input_ids=ids[:, :width], attention_mask=mask[:, :width], use_cache=False)[0]
-        return TextFeatures(F.pad(hidden, (0, 0, 0, length - width)), mask)
+        each = torch.tensor([rows[text] for text in texts], device=self.device)
+        return TextFeatures(F.pad(hidden, (0, 0, 0, length - width))[each], mask[each])
+
+
+def _find(name: str) -> tuple[Path, Path]:
+    """The folders of the model and of its tokenizer; errors as in `TextEncoder.from_pretrained`."""
+    if name in T5_NAMES:
+        raise ValueError(
+            f"text encoder {name!r}: T5 is not supported; the published weights need gemma-2-2b-it"
+        )
+    try:
+        folder = hub.resolve_model(HUB_NAMES.get(name, name))
+    except ValueError as error:
+        near = difflib.get_close_matches(name, HUB_NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near and name not in HUB_NAMES else ""
+        raise ValueError(f"cannot load a text encoder from {name!r}: {error}{hint}") from error
+    model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+    beside = model.parent / "tokenizer"
+    return model, beside if beside.is_dir() and not (model / "tokenizer_config.json").is_file() else model

@@ -71,6 +71,15 @@ class TransformerConfig:
     """Probability, in training, that a sample's caption is replaced by the null caption."""
     fp32_attention: bool = True
     """Compute the linear attention in float32; False keeps half types in its two products."""
+    clamp_attention: bool = False
+    """Clip the output of the linear attention to +-65504, the range of float16, in every dtype: weights that
+    were trained so (the first releases) need it. The reference and diffusers clip when they compute in float16."""
+    cfg_embed: bool = False
+    """Take the guidance scale as an input, embedded like the timestep (Sprint)."""
+    cfg_embed_scale: float = 0.1
+    """Multiplies the guidance scale before it is embedded."""
+    timestep_norm_scale_factor: float = 1.0
+    """Divides the timestep before it is embedded; 1000 in Sprint."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
 
@@ -84,6 +93,10 @@ class TransformerConfig:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, as use_pe needs")
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob {self.class_dropout_prob} is not in [0, 1]")
+        if not self.timestep_norm_scale_factor > 0:
+            raise ValueError(
+                f"timestep_norm_scale_factor must be above 0, got {self.timestep_norm_scale_factor}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +121,11 @@ class SanaBlock(nn.Module):
         super().__init__()
         dim = config.hidden_size
         self.attn = LinearSelfAttention(
-            dim, head_dim=config.linear_head_dim, qk_norm=config.qk_norm, fp32=config.fp32_attention
+            dim,
+            head_dim=config.linear_head_dim,
+            qk_norm=config.qk_norm,
+            fp32=config.fp32_attention,
+            clamp=config.clamp_attention,
         )
         self.cross_attn = CrossAttention(dim, num_heads=config.num_heads, qk_norm=config.cross_norm)
         self.mlp = MixFFN(dim, int(config.mlp_ratio * dim))
@@ -153,6 +170,8 @@ class SanaTransformer(nn.Module):
         dim = config.hidden_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
+        if config.cfg_embed:
+            self.cfg_embedder = TimestepEmbedder(dim)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = CaptionEmbedder(config.caption_channels, dim, max_length=config.model_max_length)
         self.attention_y_norm = RMSNorm(dim, eps=CAPTION_NORM_EPS) if config.y_norm else nn.Identity()
@@ -186,6 +205,10 @@ class SanaTransformer(nn.Module):
             caption.fc2,
         ):
             nn.init.normal_(linear.weight, std=0.02)
+        # Embedder of the guidance scale: without effect at first.
+        if self.config.cfg_embed:
+            nn.init.normal_(self.cfg_embedder.mlp[0].weight, std=0.02)
+            nn.init.zeros_(self.cfg_embedder.mlp[2].weight)
         # Modulation tables: normal, unit length in expectation.
         for module in (*self.blocks, self.final_layer):
             nn.init.normal_(module.scale_shift_table, std=self.config.hidden_size**-0.5)
@@ -216,12 +239,13 @@ class SanaTransformer(nn.Module):
         text_cache: TextCache | None = None,
         perturbed_blocks: Collection[int] = (),
         drop_caption: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict the velocity noise - image at noise level `timestep`.
 
         Args:
             latents: (B, c, h p, w p), scaled.
-            timestep: (B,) in [0, 1000], used as given.
+            timestep: (B,) in [0, 1000], used as given, but for `timestep_norm_scale_factor`.
             text_embeds: (B, L, C); unused, and may be None, with `text_cache`.
             text_mask: (B, L), bool or integer, non-zero = valid; None: every token is valid. Where a row has
                 no valid token, the image attends to all, as with the reference's additive bias.
@@ -229,12 +253,14 @@ class SanaTransformer(nn.Module):
             perturbed_blocks: blocks whose self-attention becomes proj(V x), for the whole batch.
             drop_caption: (B,) bool, the captions to replace by the null caption. None draws them with
                 `class_dropout_prob` in training mode and drops none otherwise.
+            guidance: (B,), the guidance scale that the velocity is to have; with `cfg_embed`, and only then.
 
         Returns:
             (B, c_out, h p, w p).
 
         Raises:
-            ValueError: sizes that do not fit each other, or a block index out of range.
+            ValueError: sizes that do not fit each other, a block index out of range, or a guidance scale that is
+                missing or that the network does not take.
         """
         grid = self._grid(latents)
         perturbed = self._check_blocks(perturbed_blocks)
@@ -252,7 +278,7 @@ class SanaTransformer(nn.Module):
             )
 
         x = self._embed_latents(latents, grid)
-        t = self.t_embedder(timestep)
+        t = self._embed_time(timestep, guidance)
         t0 = self.t_block(t).unflatten(-1, (6, -1))
         for index, block in enumerate(self.blocks):
             run = partial(block, perturbed=index in perturbed)
@@ -288,6 +314,22 @@ class SanaTransformer(nn.Module):
             raise ValueError(
                 f"text_cache is of {len(cache.keys)} blocks, but the model has {len(self.blocks)}"
             )
+
+    def _embed_time(self, timestep: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
+        """(B,) and (B,) -> (B, D)."""
+        if self.config.cfg_embed != (guidance is not None):
+            needed, given = ("a", "none") if guidance is None else ("no", "one")
+            raise ValueError(
+                f"this network takes {needed} guidance scale as its input (cfg_embed), got {given}"
+            )
+        t = self.t_embedder(timestep.float() / self.config.timestep_norm_scale_factor)
+        if guidance is None:
+            return t
+        if guidance.shape != timestep.shape:
+            raise ValueError(
+                f"guidance has shape {tuple(guidance.shape)}, but timesteps have {tuple(timestep.shape)}"
+            )
+        return t + self.cfg_embedder(guidance.float() * self.config.cfg_embed_scale)
 
     def _embed_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         x = self.x_embedder(latents.to(self.dtype))

@@ -48,6 +48,11 @@ class Trainer:
     """
 
     def __init__(self, config: SanaConfig, resume_from: str | None = None) -> None:
+        if config.model.cfg_embed:
+            raise ConfigError(
+                f"model.model: {config.model.model} is a Sprint model, and the training of Sprint (sCM, LADD) is not "
+                "available here; it draws images"
+            )
         self.config, train = config, config.train
         self.work_dir = Path(config.work_dir)
         self.accelerator = _accelerator(config)

@@ -1,7 +1,9 @@
 """Where weights and configs come from: a path, a path in this repository, or `hf://owner/repo/path`."""
 
 import hashlib
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -9,6 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # "owner/name", unless it looks like a path of this repository that is missing.
 _HUB_NAME = re.compile(r"(?!(?:asset|configs|output)/)[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+"""What a file of weights ends in."""
+
+# The usual names of an index of shards and of a single file: of diffusers, then of the hub's mixin and transformers.
+_INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
+_SINGLES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 
 
 def resolve(path: str | Path) -> Path:
@@ -42,27 +52,164 @@ def resolve_model(path: str | Path) -> Path:
         return _download(f"hf://{path}")
 
 
+def resolve_weights(path: str | Path, *, part: str = "transformer") -> Path:
+    """The one file with a network's weights; if it is an index (`is_index`), its shards lie beside it.
+
+    Of a hub repository no more is downloaded than that and the `config.json` beside it: not the other networks of a
+    pipeline, and no variant of the weights (`fp16`) where there are weights under the usual name.
+
+    Args:
+        path: the file itself, the network's folder, or a folder with the network in its subfolder `part` (a diffusers
+            pipeline); given as for `resolve_model`.
+
+    Raises:
+        ValueError: as `resolve`; or the folder holds no weights, or several without one of the usual names.
+    """
+    text = str(path)
+    if not text.startswith("hf://"):
+        try:
+            found = resolve(text)
+        except ValueError:
+            if not _HUB_NAME.fullmatch(text) or Path(text).suffix in WEIGHT_SUFFIXES:
+                raise
+            text = f"hf://{text}"
+        else:
+            return _find_weights(found, part) if found.is_dir() else found
+    if not (is_index(text) or Path(text).suffix in WEIGHT_SUFFIXES):
+        return _download_folder(text, part)
+    found = _download(text)
+    if is_index(text):
+        folder = text.rpartition("/")[0]
+        _snapshot(
+            text, [f"{_split(folder)[1]}/{shard}".lstrip("/") for shard in set(read_index(found).values())]
+        )
+    return found
+
+
+def _find_weights(folder: Path, part: str) -> Path:
+    """`resolve_weights` for a local folder."""
+    places = (folder / part, folder)
+    for place in places:
+        for name in (*_INDEXES, *_SINGLES):
+            if (place / name).is_file():
+                return place / name
+    for place in places:
+        files = sorted(place.iterdir()) if place.is_dir() else []
+        found = [file for file in files if is_index(file)] or [
+            file for file in files if file.suffix in WEIGHT_SUFFIXES
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(file.name for file in found[:4])
+            raise ValueError(f"{place}: holds {len(found)} files of weights ({names}): name the one to use")
+    raise ValueError(
+        f"{folder}: no weights in it or its {part}/; expected a file that ends in {', '.join(WEIGHT_SUFFIXES)}"
+    )
+
+
+def is_index(file: str | Path) -> bool:
+    """Whether a file is, by its name, the index of sharded safetensors."""
+    return _INDEX.search(Path(file).name) is not None
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor name -> name of the shard, a file in the index's own folder, that holds it.
+
+    Raises:
+        ValueError: not such an index, or a shard that is not in that folder.
+    """
+    try:
+        shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        outside = [shard for shard in shards.values() if Path(shard).name != shard]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: truncated, corrupt, or not an index of shards (no weight_map)") from error
+    if outside or not shards:
+        raise ValueError(
+            f"{file}: {f'names {outside[0]!r} outside its folder' if outside else 'an empty index'}"
+        )
+    return shards
+
+
+def _download_folder(name: str, part: str) -> Path:
+    """Fetch the weights of the network in the folder `name` (hf://owner/repo[/path]), or in its subfolder `part`."""
+    top = _split(name)[1]
+    places = [f"{top}/{part}/".lstrip("/"), f"{top}/".lstrip("/")]
+    folder = _snapshot(name, [place + file for place in places for file in ("config.json", *_INDEXES)])
+    for place in places:
+        for index in _INDEXES:
+            if (folder / place / index).is_file():
+                shards = set(read_index(folder / place / index).values())
+                return _snapshot(name, [place + file for file in (index, *shards)]) / place / index
+    folder = _snapshot(name, [place + file for place in places for file in _SINGLES])
+    for place in places:
+        for single in _SINGLES:
+            if (folder / place / single).is_file():
+                return folder / place / single
+    # Other names; not at the root of a repository, where the pattern would match every network of a pipeline.
+    folder = _snapshot(name, [f"{place}*.safetensors*" for place in places if place])
+    try:
+        return _find_weights(folder / (top or part), part)
+    except ValueError as error:
+        reason = f"no weights of a {part} under the usual names there{_offline()}"
+        raise ValueError(f"{name}: {reason}; name the file: {name}/path/in/it") from error
+
+
 def _download(name: str) -> Path:
     """Fetch `hf://owner/repo[/path]`, a file or a folder, and return where it lies."""
+    repo, inner = _split(name)
+    found = _snapshot(name, [inner, f"{inner}/**"] if inner else None) / inner
+    if not found.exists():
+        raise ValueError(f"{name}: the repository {repo} exists but holds no {inner!r}{_offline()}")
+    return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(owner/repo, path in it) of a hub name."""
     owner, _, rest = name.removeprefix("hf://").rstrip("/").partition("/")
     repo, _, inner = rest.partition("/")
     if not owner or not repo or ".." in inner.split("/"):
         raise ValueError(
             f"malformed hub name {name!r}; expected hf://owner/repo or hf://owner/repo/path/in/it"
         )
+    return f"{owner}/{repo}", inner
+
+
+def _snapshot(name: str, patterns: Iterable[str] | None) -> Path:
+    """Fetch what matches `patterns` of the repository of `name`, and return the repository's folder in the cache.
+
+    Where the hub cannot be reached, huggingface_hub answers from its cache.
+    """
+    repo, _ = _split(name)
     from huggingface_hub import snapshot_download  # lazy: local paths need neither the package nor a network
+    from huggingface_hub.errors import HTTPError  # what its client raises: not always an OSError
 
     try:
-        folder = snapshot_download(
-            f"{owner}/{repo}", allow_patterns=[inner, f"{inner}/**"] if inner else None
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"could not fetch {name}: {reason}; without a network, give a local path") from error
-    found = Path(folder, inner)
-    if not found.exists():
-        raise ValueError(f"{name}: the repository {owner}/{repo} exists but holds no {inner!r}")
-    return found
+        return Path(snapshot_download(repo, allow_patterns=None if patterns is None else list(patterns)))
+    except (OSError, ValueError, HTTPError) as error:
+        raise ValueError(f"could not fetch {name}: {_reason(error, repo)}") from error
+
+
+def _reason(error: Exception, repo: str) -> str:
+    """Why a download failed and what to do, in one line."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    log_in = 'log in with "hf auth login" (or set HF_TOKEN)'
+    if isinstance(error, GatedRepoError):  # before its parent class
+        return f"{repo} is gated: accept its terms on https://huggingface.co/{repo}, then {log_in}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no repository {repo!r}, or it is private: check the spelling, or {log_in}"
+    if isinstance(error, LocalEntryNotFoundError):
+        why = _offline() or "; the hub cannot be reached, and it is not in the local cache"
+        return f"{why.removeprefix('; ')}; give a local path, or fetch it once with a network"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]}; without a network, give a local path"
+
+
+def _offline() -> str:
+    from huggingface_hub import constants
+
+    return "; it is not in the local cache, and HF_HUB_OFFLINE is set" if constants.is_offline_mode() else ""
 
 
 def find_beside(path: str | Path, name: str) -> Path:
@@ -81,14 +228,17 @@ def find_beside(path: str | Path, name: str) -> Path:
 
 
 def sha256(path: str | Path) -> str:
-    """The hash of a file's bytes, or of a folder: of its sorted (relative path, hash) lines. 64 hex digits."""
+    """The hash of a file's bytes, or of a folder: of its sorted (relative path, hash) lines. 64 hex digits.
+
+    An index of shards counts as a folder that holds them.
+    """
     path = Path(path)
-    if path.is_dir():
-        lines = [
-            f"{file.relative_to(path).as_posix()} {sha256(file)}"
-            for file in path.rglob("*")
-            if file.is_file()
-        ]
+    if path.is_dir() or is_index(path):
+        folder = path if path.is_dir() else path.parent
+        files = (
+            path.rglob("*") if path.is_dir() else (folder / name for name in set(read_index(path).values()))
+        )
+        lines = [f"{file.relative_to(folder).as_posix()} {sha256(file)}" for file in files if file.is_file()]
         return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8")).hexdigest()
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -221,4 +221,4 @@ def test_bad_grid(solver, grid):
 def test_names_and_default_steps():
     assert SOLVERS["flow_dpm-solver"] == (flow.sigma_schedule, flow_dpm_solver)
     assert SOLVERS["flow_euler"] == (flow.euler_schedule, flow_euler)
-    assert DEFAULT_STEPS == {"flow_dpm-solver": 20, "flow_euler": 28}
+    assert DEFAULT_STEPS == {"flow_dpm-solver": 20, "flow_euler": 28, "scm": 2}

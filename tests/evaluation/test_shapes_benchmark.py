@@ -35,7 +35,8 @@ class FlawlessPipeline:
             scheduler=SimpleNamespace(vis_sampler="flow_dpm-solver"),
         )
         self.buckets = TABLES["ASPECT_RATIO_256"]
-        self.weights, self.weights_sha256 = None, "0" * 64
+        self.weights, self.weights_sha256, self.loras = None, "0" * 64, ()
+        self.text_encoder = SimpleNamespace(lowercase=False)
         self.dtype, self.flow_shift = torch.float32, 1.0
         self.scenes = {prompt.record["prompt"]: prompt.scene for prompt in benchmark_prompts()}
         self.drawn = []

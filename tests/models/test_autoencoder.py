@@ -1,10 +1,15 @@
 """The autoencoder's face: scale, sizes, folders; the arithmetic itself is diffusers'."""
 
+import json
+
 import pytest
 import torch
+from diffusers import AutoencoderDC
+from safetensors.torch import save_file
 
-from sana.models.autoencoder import Autoencoder, AutoencoderConfig
+from sana.models.autoencoder import Autoencoder, AutoencoderConfig, find_autoencoder
 from tests.factories import make_autoencoder
+from tests.models.native_dc_ae import LAYOUTS, LITE, build_published, native_state, small, write_native
 
 
 def test_scale_is_the_config_s_and_applied_both_ways():
@@ -82,4 +87,71 @@ def test_truncated_weights_are_one_clear_error(tmp_path):
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot load an AutoencoderDC from"):
+        Autoencoder.from_pretrained(tmp_path)
+
+
+def test_a_saved_copy_names_no_folder(tmp_path):
+    Autoencoder(make_autoencoder()).save_pretrained(tmp_path / "first")
+    Autoencoder.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second", torch.float16)
+    text = (tmp_path / "second" / "config.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["scaling_factor"] == 0.5
+    assert Autoencoder.from_pretrained(tmp_path / "second", dtype=None).dtype == torch.float16
+
+
+# The authors' releases
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_native_release_is_its_diffusers_twin_bit_for_bit(kind, tmp_path):
+    twin = build_published(small(LAYOUTS[kind]))
+    folder = write_native(tmp_path / "native", native_state(twin))
+    twin.save_pretrained(tmp_path / "diffusers")
+    native, reference = (Autoencoder.from_pretrained(path) for path in (folder, tmp_path / "diffusers"))
+    assert native.scaling_factor == 0.41407
+    assert not any(p.requires_grad for p in native.parameters()) and not native.training
+    images = torch.rand(2, 3, 192, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents = native.encode(images)
+        assert latents.shape == (2, 16, 6, 2)
+        assert latents.std() > 0.01
+        assert torch.equal(latents, 0.41407 * twin.encode(images).latent)
+        assert torch.equal(latents, reference.encode(images))
+        assert torch.equal(native.decode(latents), twin.decode(latents / 0.41407).sample)
+        # The attention has another form where there are few latents.
+        assert torch.equal(native.decode(latents[..., :2, :]), reference.decode(latents[..., :2, :]))
+
+
+def test_native_release_becomes_a_diffusers_folder(tmp_path):
+    twin = build_published(small(LITE)).half()
+    folder = write_native(tmp_path / "native", native_state(twin), scaling_factor=0.25)
+    loaded = Autoencoder.from_pretrained(folder, dtype=None)
+    assert loaded.dtype == torch.float16
+    assert Autoencoder.from_pretrained(folder).dtype == torch.float32
+    loaded.save_pretrained(tmp_path / "diffusers")
+    again = AutoencoderDC.from_pretrained(tmp_path / "diffusers", torch_dtype=torch.float16)
+    assert again.config.scaling_factor == 0.25
+    for name, value in twin.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    for path in (folder, tmp_path / "diffusers"):
+        assert find_autoencoder(str(path)) == path
+    assert find_autoencoder(tmp_path) is None
+
+
+def test_broken_native_releases_are_one_clear_error(tmp_path):
+    native = native_state(build_published(small(LITE)))
+    lost = "decoder.stages.2.op_list.1.main.conv2.norm.bias"
+    folder = write_native(tmp_path / "lost", {key: value for key, value in native.items() if key != lost})
+    with pytest.raises(ValueError, match=r"cannot load .*decoder\.up_blocks\.2\.1\.norm\.bias") as caught:
+        Autoencoder.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-10])
+    with pytest.raises(ValueError, match="cannot load"):
+        Autoencoder.from_pretrained(folder)
+    write_native(tmp_path / "other", {"weight": torch.zeros(1)})
+    assert find_autoencoder(tmp_path / "other") is None
+    with pytest.raises(ValueError, match="model.safetensors holds no DC-AE"):
+        Autoencoder.from_pretrained(tmp_path / "other")
+    save_file(native, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="config.json"):
         Autoencoder.from_pretrained(tmp_path)

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from transformers import T5Config, T5Model
 
-from sana.models.text_encoder import TextEncoder, TextFeatures
+from sana.models.text_encoder import T5_NAMES, TextEncoder, TextFeatures, unconditional_mask
+from sana.utils import hub
 from tests.factories import (
     CHI_PROMPT,
     TEXT_LENGTH,
@@ -49,7 +53,7 @@ def test_encode_is_the_published_selection(encoder, prompt):
 
 
 def test_window_begins_with_the_prompt_s_first_word(encoder):
-    """The instruction's trailing space merges with it; without that, BOS would be followed by a lone space."""
+    """The instruction's trailing space merges with it; else BOS would be followed by a lone space."""
     tokenizer = encoder.tokenizer
     chi = "\n".join(CHI_PROMPT)
     n = len(tokenizer.encode(chi))
@@ -109,9 +113,113 @@ def test_loads_a_folder_and_pads_to_the_right(tmp_path, encoder):
     assert torch.equal(loaded.encode(PROMPTS).embeds, encoder.encode(PROMPTS).embeds)
 
 
+def test_equal_prompts_are_encoded_once(encoder):
+    sizes = []
+    handle = encoder.model.register_forward_pre_hook(
+        lambda model, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        features = encoder.encode(["star", "red", "star", "star"])
+        null = encoder.encode_unconditional(["", "", "blue"])
+    finally:
+        handle.remove()
+    assert sizes == [2, 2]
+    assert torch.equal(features.embeds[[0, 0]], features.embeds[[2, 3]])
+    assert torch.equal(features.mask, encoder.encode(["star", "red", "star", "star"]).mask)
+    assert_close("order", features.embeds[1, :3], encoder.encode(["red"]).embeds[0, :3], rel_rms=1e-5)
+    assert torch.equal(null.embeds[0], null.embeds[1]) and null.mask.sum(dim=1).tolist()[:2] == [1, 1]
+    assert not torch.equal(null.embeds[0], null.embeds[2])
+
+
+def test_lower_case_is_an_option(encoder):
+    lower = TextEncoder(
+        encoder.model, encoder.tokenizer, max_length=TEXT_LENGTH, chi_prompt=CHI_PROMPT, lowercase=True
+    )
+    shout, plain = [" Red STAR\n"], ["red star"]
+    for given in ("encode", "encode_unconditional"):
+        assert torch.equal(getattr(lower, given)(shout).embeds, getattr(encoder, given)(plain).embeds), given
+        assert not torch.equal(getattr(encoder, given)(shout).embeds, getattr(encoder, given)(plain).embeds)
+
+
+@pytest.mark.parametrize("negative", ["", "blue", "a very long negative prompt"])
+def test_unconditional_branch_is_seen_through_the_prompts_mask(encoder, negative):
+    """The reference repeats the prompt's mask, whatever the negative prompt; diffusers takes its own."""
+    text, null = encoder.encode(["red star"]).mask, encoder.encode_unconditional([negative]).mask
+    assert not torch.equal(text, null)
+    assert torch.equal(unconditional_mask(text, null), text)
+    assert torch.equal(unconditional_mask(text, null, "prompt"), text)
+    assert torch.equal(unconditional_mask(text, null, "own"), null)
+    with pytest.raises(ValueError, match="mask of the negative prompts 'both'; choose from prompt, own"):
+        unconditional_mask(text, null, "both")
+
+
+def test_a_tokenizer_without_bos_may_leave_nothing_of_an_empty_prompt():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    plain = TextEncoder(make_language_model(len(tokenizer)).model, tokenizer, max_length=TEXT_LENGTH).eval()
+    for features in (plain.encode([""]), plain.encode_unconditional([""])):
+        assert features.mask.sum() == 0
+        assert features.embeds.shape == (1, TEXT_LENGTH, TEXT_WIDTH) and features.embeds.isfinite().all()
+
+
+def test_loads_a_diffusers_pipeline_folder(tmp_path, encoder):
+    """The decoder without a head in text_encoder/, its tokenizer beside it."""
+    encoder.model.save_pretrained(tmp_path / "text_encoder")
+    encoder.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = dict(max_length=TEXT_LENGTH, chi_prompt=CHI_PROMPT, dtype=torch.float32)
+    expected = encoder.encode(PROMPTS).embeds
+    for folder in (tmp_path, tmp_path / "text_encoder"):
+        assert torch.equal(TextEncoder.from_pretrained(folder, **settings).encode(PROMPTS).embeds, expected)
+
+
 def test_nothing_there_is_one_clear_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot load a text encoder from"):
         TextEncoder.from_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="at least 2, got 1"):
         TextEncoder(make_language_model(8).model, make_tokenizer(), max_length=1)
+
+
+def one_line(match: str, path) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        TextEncoder.from_pretrained(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_incomplete_weights_are_one_clear_error(tmp_path):
+    """transformers would fill in random numbers."""
+    file = write_text_encoder(tmp_path) / "model.safetensors"
+    state = load_file(file)
+    state.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(state, file, {"format": "pt"})
+    one_line("lacks 1 weights, .*layers.1.mlp.up_proj.weight among them", tmp_path)
+    file.write_bytes(file.read_bytes()[:5000])
+    one_line("cannot load a text encoder from", tmp_path)
+    file.unlink()
+    one_line("cannot load a text encoder from", tmp_path)
+    write_text_encoder(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    one_line("cannot load a text encoder from", tmp_path)
+
+
+@pytest.mark.parametrize("name", T5_NAMES)
+def test_t5_is_one_clear_error(name):
+    one_line("T5 is not supported; the published weights need gemma-2-2b-it", name)
+
+
+def test_encoder_decoders_are_refused(tmp_path):
+    config = T5Config(vocab_size=400, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5Model(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    one_line("is a t5 encoder-decoder: Sana needs a decoder-only model", tmp_path)
+
+
+def test_unknown_and_gated_names_are_one_clear_error(monkeypatch):
+    one_line("'gemma-2-2b-tt': no such file.*did you mean 'gemma-2-2b-it'", "gemma-2-2b-tt")
+    one_line("no such file or folder", "no/such/folder")
+
+    def refuse(name):
+        raise ValueError(f"could not fetch hf://{name}: {name} is gated: accept its terms")
+
+    monkeypatch.setattr(hub, "resolve_model", refuse)
+    one_line("'gemma-2-9b-it': could not fetch hf://google/gemma-2-9b-it: .* is gated", "gemma-2-9b-it")

@@ -8,7 +8,7 @@ import torch
 
 from sana.models.layers import position_embedding, timestep_features
 from sana.models.transformer import SanaTransformer, TransformerConfig
-from tests.models.twin import LENGTH, SMALL, build, inputs, make_generic, relative_rms
+from tests.models.twin import LENGTH, SMALL, build, build_twin, inputs, make_generic, relative_rms, run_twin
 from tests.numerics import assert_close
 
 NORMS = {"qk_norm": True, "cross_norm": True}
@@ -79,6 +79,47 @@ def test_linear_attention_stays_float32_under_autocast_unless_told():
             hidden = exact.transpose(1, 2).flatten(2).bfloat16()
             errors[fp32] = relative_rms(attention(x), attention.proj(hidden))
     assert errors[True] < 1e-4 < 1e-3 < errors[False]  # measured: 0 and 1.7e-3
+
+
+FP16_MAX = 65504
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["attention", "perturbed"])
+def test_clamp_clips_the_projected_attention(perturbed):
+    """Exactly, in any dtype, as diffusers' processor does in float16; a value that fits stays as it is."""
+    free, clamped = (build(clamp_attention=clamp).blocks[0].attn for clamp in (False, True))
+    x = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(0))
+    for attention in (free, clamped):
+        attention.qkv.weight.data *= 4
+        attention.proj.weight.data *= 5e4
+    with torch.no_grad():
+        expected = free(x, perturbed=perturbed)
+        share = (expected.abs() > FP16_MAX).double().mean()
+        assert 0.05 < share < 0.95
+        actual = clamped(x, perturbed=perturbed)
+        assert torch.equal(actual, expected.clip(-FP16_MAX, FP16_MAX))
+        half = clamped.half()(x.half(), perturbed=perturbed)
+    assert half.isfinite().all() and half.dtype == torch.float16
+    assert_close("float16", half, actual, rel_rms=2e-3)
+
+
+def test_clamped_float32_equals_clipping_float16_of_diffusers():
+    """Weights that overflow float16 give the same image in float32, and another one without the clamp."""
+    clamped, free = (build(clamp_attention=clamp) for clamp in (True, False))
+    for model in (clamped, free):
+        block = model.blocks[0]
+        block.attn.qkv.weight.data *= 4
+        block.attn.proj.weight.data *= 5e4
+        block.scale_shift_table.data[2] *= 1e-4  # the gate of the attention
+        model.t_block[1].weight.data[2 * 64 : 3 * 64] *= 1e-4
+        model.t_block[1].bias.data[2 * 64 : 3 * 64] *= 1e-4
+    arguments = inputs(clamped.config)
+    twin = build_twin(clamped).half()
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in arguments.items()}
+    with torch.no_grad():
+        expected = run_twin(twin, {**halves, "timestep": arguments["timestep"]})
+        assert_close("clamped", clamped(**arguments), expected, rel_rms=4e-3)  # measured 1.2e-3
+        assert relative_rms(free(**arguments), expected) > 0.1
 
 
 def test_masked_tokens_are_not_read(model):

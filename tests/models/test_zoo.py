@@ -7,7 +7,7 @@ from sana.models.transformer import TransformerConfig
 from sana.models.zoo import TRANSFORMERS, build_transformer
 from tests.models.twin import SMALL
 
-# Trainable parameters as published; the second number: with both q/k norms.
+# Trainable parameters as published; the second number: with both q/k norms. Sprint always has them.
 COUNTS = {
     "SanaMS_600M_P1_D28": (591_747_872, 591_876_896),
     "SanaMS_600M_P2_D28": (591_969_152, None),
@@ -17,6 +17,9 @@ COUNTS = {
     "SanaMS_2400M_P1_D30": (2_383_669_152, 2_383_937_952),
     "SanaMS_3200M_P1_D40": (3_162_875_552, 3_163_233_952),
     "SanaMS_4800M_P1_D60": (4_721_288_352, 4_721_825_952),
+    "SanaMSCM_600M_P1_D28": (593_501_216, None),
+    "SanaMSCM_1600M_P1_D20": (1_610_237_472, None),
+    "SanaMSCM_2400M_P1_D30": (2_389_533_472, None),
     "SanaMS_Tiny_P1_D8": (3_537_632, None),
 }
 
@@ -38,6 +41,9 @@ def published_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     shapes["x_embedder.proj.bias"] = (d,)
     linear("t_embedder.mlp.0", d, 256)
     linear("t_embedder.mlp.2", d, d)
+    if config.cfg_embed:
+        linear("cfg_embedder.mlp.0", d, 256)
+        linear("cfg_embedder.mlp.2", d, d)
     linear("t_block.1", 6 * d, d)
     linear("y_embedder.y_proj.fc1", d, c)
     linear("y_embedder.y_proj.fc2", d, d)
@@ -112,7 +118,10 @@ def test_released_settings():
             32,
             32,
         )
-        assert config.y_norm and not (config.use_pe or config.qk_norm or config.cross_norm)
+        assert config.y_norm and not (config.use_pe or config.clamp_attention)
+        sprint = name.startswith("SanaMSCM")
+        assert (config.qk_norm, config.cross_norm, config.cfg_embed) == (sprint, sprint, sprint)
+        assert (config.cfg_embed_scale, config.timestep_norm_scale_factor) == (0.1, 1000 if sprint else 1)
 
 
 def test_unknown_names_are_refused():
@@ -130,6 +139,7 @@ def test_unknown_names_are_refused():
         ({"num_heads": 5}, "hidden_size 64 is not a multiple of num_heads 5"),
         ({"linear_head_dim": 48}, "hidden_size 64 is not a multiple of linear_head_dim 48"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob 1.5 is not in \[0, 1\]"),
+        ({"timestep_norm_scale_factor": 0.0}, "timestep_norm_scale_factor must be above 0, got 0.0"),
         (
             {"hidden_size": 66, "num_heads": 2, "linear_head_dim": 33, "use_pe": True},
             "66 is not a multiple of 4",

@@ -244,6 +244,13 @@ def test_unavailable_optimizers_are_named(model):
         build_optimizer(parameters, train, 1)
 
 
+def test_sprint_training_is_refused_before_anything_is_loaded():
+    folder = Path(__file__).parents[2] / "configs/sana_sprint_config/1024ms"
+    config = load_config(folder / "SanaSprint_600M_1024px_allqknorm_bf16_scm_ladd.yaml")
+    with pytest.raises(ConfigError, match="the training of Sprint .* is not available here"):
+        Trainer(config)
+
+
 def test_latest_is_the_newest_whole_checkpoint(tmp_path):
     state = {"state_dict": {}, "optimizer": {}, "scheduler": {}, "step": 9}
     assert find_checkpoint("latest", tmp_path) is None

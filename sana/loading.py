@@ -1,0 +1,321 @@
+"""From a checkpoint to networks: the config that it belongs to, the precision that it allows, and its parts."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sana.config import SanaConfig, load_config, transformer_overrides
+from sana.models.autoencoder import Autoencoder
+from sana.models.checkpoints import AUTOENCODERS, PUBLISHED, PublishedCheckpoint, choose_dtype, find_published
+from sana.models.state_dict import (
+    NULL_CAPTION,
+    State,
+    load_into,
+    load_transformer_state,
+    resolve_transformer,
+)
+from sana.models.text_encoder import TextEncoder
+from sana.models.transformer import SanaTransformer
+from sana.models.zoo import TRANSFORMERS, build_transformer, recognise
+from sana.utils import distributed, hub
+from sana.utils.logging import get_logger
+
+DEFAULT_CONFIG = "configs/sana_config/tiny/Sana_tiny_img256.yaml"
+"""The model that the repository trained itself and ships."""
+
+BASE_CONFIG = "configs/sana_config/base.yaml"
+"""What is taken for a checkpoint like no published one: it has the instruction that all of them were trained with."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+"""Names in configs and on the command line -> dtype."""
+
+_FILES = (*hub.WEIGHT_SUFFIXES, ".json")
+# Field of `TransformerConfig` that tensors can tell -> its key in a config.
+_KEYS = {
+    "in_channels": "vae.vae_latent_dim",
+    "mlp_ratio": "model.mlp_ratio",
+    "linear_head_dim": "model.linear_head_dim",
+    "caption_channels": "text_encoder.caption_channels",
+    "model_max_length": "text_encoder.model_max_length",
+    "y_norm": "text_encoder.y_norm",
+    "qk_norm": "model.qk_norm",
+    "cross_norm": "model.cross_norm",
+    "cfg_embed": "model.cfg_embed",
+    "timestep_norm_scale_factor": "scheduler.timestep_norm_scale_factor",
+}
+# Scheduler class of a diffusers folder -> (our sampler, the entry that holds its flow shift).
+_SCHEDULERS = {
+    "DPMSolverMultistepScheduler": ("flow_dpm-solver", "flow_shift"),
+    "FlowMatchEulerDiscreteScheduler": ("flow_euler", "shift"),
+    "SCMScheduler": ("scm", None),
+}
+
+logger = get_logger(__name__)
+
+
+def find_config(
+    config: str | Path | None = None, weights: str | Path | None = None, overrides: Sequence[str] = ()
+) -> SanaConfig:
+    """What entry points mean by `--config` and `--model_path`: either, both, or (None) the model of the repository."""
+    if weights and not config:
+        return config_for(weights, overrides)
+    words = [f"--model.load_from={weights}"] if weights else []
+    return load_config(config or DEFAULT_CONFIG, [*overrides, *words])
+
+
+def config_for(path: str | Path, overrides: Sequence[str] = ()) -> SanaConfig:
+    """The config of a checkpoint that comes without one; its `model.load_from` is `path`.
+
+    The first of these that there is: the config of the published checkpoint of this name; the one in the metadata of a
+    .safetensors file; `config.yaml` in the folder of the weights or one above; what its tensors say, and in a diffusers
+    folder its json files, completed by the published checkpoint most like it (one logged line says what was assumed).
+    The autoencoder and the text encoder of a whole pipeline folder are taken from there.
+
+    Args:
+        path: whatever `load_transformer_state` reads.
+        overrides: command-line words that come last, as in `load_config`.
+
+    Raises:
+        ValueError: nothing is there, it is no transformer, or the config is wrong.
+    """
+    published, weights = find_published(path), resolve_transformer(path)
+    folder = _pipeline_folder(str(path).rstrip("/"), weights)
+    words = [f"--model.load_from={path}", *_own_parts(folder), *overrides]
+    if published is not None:
+        return load_config(published.config, [*published.config_overrides, *words])
+    if embedded := _embedded_config(weights):
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary, f"config in {weights.name}.yaml")
+            file.write_text(embedded, encoding="utf-8")
+            return load_config(file, words)
+    beside = [above / "config.yaml" for above in weights.absolute().parents[:2]]
+    if found := next((file for file in beside if file.is_file()), None):
+        return load_config(found, words)
+    base, recognised = _recognised(path, weights, folder)
+    return load_config(base, [*recognised, *words])
+
+
+def load_transformer(
+    config: SanaConfig, path: str | Path, *, dtype: torch.dtype | None, device: torch.device
+) -> SanaTransformer:
+    """The transformer of a config with the weights of `path`, in eval mode on `device`.
+
+    Args:
+        dtype: None takes the config's `model.mixed_precision`, on a CPU float32, or what the weights need instead of it.
+
+    Raises:
+        ValueError: as `load_transformer_state` and `load_into`; or the weights were not made for `dtype`.
+    """
+    published = find_published(path)
+    wanted = dtype or (torch.float32 if device.type == "cpu" else DTYPES[config.model.mixed_precision])
+    if published is not None:  # before the download: a dtype that is refused should not cost one
+        wanted = choose_dtype(published.dtypes, wanted, explicit=dtype is not None, device=device)
+    state = dict(load_transformer_state(path))
+    overrides = transformer_overrides(config)
+    if published is not None:
+        overrides["clamp_attention"] = published.clamp
+    if wanted == torch.float16:
+        overrides["clamp_attention"] = True  # the alternative is infinity
+    if wanted == torch.bfloat16:
+        overrides["fp32_attention"] = False  # bfloat16 has float32's range: only float16 sums overflow
+    model = _without_memory(config, **overrides).to(wanted).to_empty(device=device)
+    own = model.state_dict()
+    assert own.keys() >= {name for name, _ in model.named_buffers()}, "a buffer that no checkpoint fills"
+    if NULL_CAPTION in own and NULL_CAPTION not in state:  # only training reads it, and sets it before
+        state[NULL_CAPTION] = torch.zeros(own[NULL_CAPTION].shape)
+    load_into(model, state)
+    return model.eval().requires_grad_(False)
+
+
+def empty_transformer(config: SanaConfig) -> SanaTransformer:
+    """The transformer of a config on the meta device: its parameters have shapes, and no memory."""
+    return _without_memory(config, **transformer_overrides(config)).eval().requires_grad_(False)
+
+
+def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
+    """The autoencoder of a config in its `vae.weight_dtype`, corrected where the weights need another; on a CPU float32."""
+    name = config.vae.vae_pretrained
+    dtype = torch.float32 if device.type == "cpu" else DTYPES[config.vae.weight_dtype]
+    if name in AUTOENCODERS:
+        (allowed,) = {entry.autoencoder_dtypes for entry in PUBLISHED.values()}
+        dtype = choose_dtype(allowed, dtype, explicit=False, device=device)
+    return Autoencoder.from_pretrained(name, dtype=dtype, device=device)
+
+
+def load_text_encoder(config: SanaConfig, device: torch.device, *, lowercase: bool = False) -> TextEncoder:
+    """The text encoder of a config, in bfloat16 as the published models were trained, on a CPU in float32."""
+    return TextEncoder.from_pretrained(
+        config.text_encoder.text_encoder_name,
+        max_length=config.text_encoder.model_max_length,
+        chi_prompt=config.text_encoder.chi_prompt,
+        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        device=device,
+        lowercase=lowercase,
+    )
+
+
+def find_device(name: torch.device | str | None) -> torch.device:
+    """The device of a name; None is the GPU of this process where there is one.
+
+    Raises:
+        ValueError: this machine or this build of torch has no such device.
+    """
+    if name is None:
+        return (
+            torch.device("cuda", distributed.local_rank())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise ValueError(f"no device {str(name)!r} here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def find_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of a name; None stays None.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; choose from {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _without_memory(config: SanaConfig, **overrides: Any) -> SanaTransformer:
+    with torch.device("meta"):
+        return build_transformer(config.model.model, **overrides)
+
+
+def _pipeline_folder(name: str, weights: Path) -> Path | None:
+    """The folder of a whole diffusers pipeline, if `name` is one and not a part of it; all parts fetched."""
+    if (
+        weights.parent.name != "transformer"
+        or Path(name).name == "transformer"
+        or Path(name).suffix in _FILES
+    ):
+        return None
+    folder = weights.parent.parent
+    if name.startswith("hf://") or not (Path(name).expanduser().is_dir() or (hub.ROOT / name).is_dir()):
+        address = f"hf://{name.removeprefix('hf://')}"
+        for part, kind in _json(hub.resolve(f"{address}/model_index.json")).items():
+            if part != "transformer" and isinstance(kind, list) and kind[0] is not None:
+                hub.resolve(f"{address}/{part}")
+    return folder
+
+
+def _own_parts(folder: Path | None) -> list[str]:
+    """Overrides that name the autoencoder and the text encoder of a pipeline folder."""
+    if folder is None:
+        return []
+    words = [f"--vae.vae_pretrained={folder / 'vae'}"] if (folder / "vae").is_dir() else []
+    if (folder / "text_encoder").is_dir():
+        words.append(f"--text_encoder.text_encoder_name={folder}")
+    return words
+
+
+def _embedded_config(file: Path) -> str | None:
+    """The YAML text in a .safetensors file's metadata, None if there is none."""
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, "pt") as content:
+            return (content.metadata() or {}).get("config")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: truncated or corrupt: {error}") from error
+
+
+def _recognised(path: str | Path, weights: Path, folder: Path | None) -> tuple[str, list[str]]:
+    """(base config, overrides) of a checkpoint from its tensors and, in a diffusers folder, its json files."""
+    state = load_transformer_state(path)
+    name, overrides = recognise(state)
+    shape = _shape(name, overrides)
+    network = _json(weights.parent / "config.json")
+    side = _image_side(state, network, TRANSFORMERS[name].patch_size)
+    like = _most_like(name, shape, side or 1024)
+    own = load_config(DEFAULT_CONFIG).model.model
+    base = like.config if like else DEFAULT_CONFIG if name == own else BASE_CONFIG
+    words = [*(like.config_overrides if like else ()), f"--model.model={name}"]
+    words += [f"--{key}={json.dumps(shape[field])}" for field, key in _KEYS.items()]
+    words += [f"--model.image_size={side}"] if side else []
+    words += _precision_words(state) + _position_words(network)
+    words += _scheduler_words(_json(folder / "scheduler" / "scheduler_config.json")) if folder else []
+    config = load_config(base, words)
+    logger.warning(
+        "%s has no config: its tensors are those of %s; assumed from %s: %d pixels, flow shift %g, %s, %s; "
+        "give --config if that is wrong",
+        *(path, name, base, config.model.image_size, config.scheduler.sampling_shift),
+        *(config.scheduler.vis_sampler, config.model.mixed_precision),
+    )
+    return base, words
+
+
+def _shape(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `_KEYS` of an architecture with overrides."""
+    return {field: overrides.get(field, getattr(TRANSFORMERS[name], field)) for field in _KEYS}
+
+
+def _most_like(name: str, shape: dict[str, Any], side: int) -> PublishedCheckpoint | None:
+    """The published checkpoint of an architecture that differs in the fewest fields, then least in its resolution."""
+
+    def distance(entry: PublishedCheckpoint) -> tuple[int, float]:
+        theirs = _shape(name, entry.overrides)
+        different = sum(theirs[field] != value for field, value in shape.items())
+        return different, abs(math.log(entry.resolution / side))
+
+    return min(
+        (entry for entry in PUBLISHED.values() if entry.architecture == name), key=distance, default=None
+    )
+
+
+def _image_side(state: State, network: dict[str, Any], patch_size: int) -> int | None:
+    """Side in pixels of the images that a model was trained on, None if nothing tells: 32 pixels to a latent."""
+    if "pos_embed" in state:
+        return 32 * patch_size * math.isqrt(state["pos_embed"].shape[1])
+    return 32 * network.get("sample_size", 0) or None
+
+
+def _precision_words(state: State) -> list[str]:
+    """Weights in a half type were made for it; what is stored in float32 may be of any kind."""
+    stored = state["x_embedder.proj.weight"].dtype
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return [f"--model.mixed_precision={names[stored]}"] if stored in names else []
+
+
+def _position_words(network: dict[str, Any]) -> list[str]:
+    """Overrides for the position embedding, which tensors do not tell, from the arguments of diffusers' network."""
+    if "interpolation_scale" not in network:
+        return []
+    scale = network["interpolation_scale"]
+    words = [f"--model.use_pe={json.dumps(scale is not None)}"]
+    return words + ([f"--model.pe_interpolation={scale}"] if scale is not None else [])
+
+
+def _scheduler_words(scheduler: dict[str, Any]) -> list[str]:
+    """Overrides for sampler and flow shift from the config of a diffusers scheduler; none from an empty one."""
+    sampler, shift = _SCHEDULERS.get(scheduler.get("_class_name"), (None, None))
+    words = [f"--scheduler.vis_sampler={sampler}"] if sampler else []
+    return words + ([f"--scheduler.flow_shift={scheduler[shift]}"] if shift in scheduler else [])
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a json file; an empty one where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
