@@ -75,9 +75,9 @@ def find_config(
 def config_for(path: str | Path, overrides: Sequence[str] = ()) -> SanaConfig:
     """The config of a checkpoint that comes without one; its `model.load_from` is `path`.
 
-    The first of these that there is: the config of the published checkpoint of this name; the one in the metadata of a
-    .safetensors file; `config.yaml` in the folder of the weights or one above; what its tensors say, and in a diffusers
-    folder its json files, completed by the published checkpoint most like it (one logged line says what was assumed).
+    The first of these that there is: `config.yaml` in a pipeline folder; the one in the metadata of a .safetensors file;
+    the config of the published checkpoint of this name; `config.yaml` in the folder of the weights or one above; what its
+    tensors say, and in a diffusers folder its json files, completed by the published checkpoint most like it (one logged line says what was assumed).
     The autoencoder and the text encoder of a whole pipeline folder are taken from there.
 
     Args:
@@ -90,13 +90,15 @@ def config_for(path: str | Path, overrides: Sequence[str] = ()) -> SanaConfig:
     published, weights = find_published(path), resolve_transformer(path)
     folder = _pipeline_folder(str(path).rstrip("/"), weights)
     words = [f"--model.load_from={path}", *_own_parts(folder), *overrides]
-    if published is not None:
-        return load_config(published.config, [*published.config_overrides, *words])
+    if folder is not None and (folder / "config.yaml").is_file():
+        return load_config(folder / "config.yaml", words)
     if embedded := _embedded_config(weights):
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary, f"config in {weights.name}.yaml")
             file.write_text(embedded, encoding="utf-8")
             return load_config(file, words)
+    if published is not None:
+        return load_config(published.config, [*published.config_overrides, *words])
     beside = [above / "config.yaml" for above in weights.absolute().parents[:2]]
     if found := next((file for file in beside if file.is_file()), None):
         return load_config(found, words)
@@ -145,7 +147,7 @@ def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
     """The autoencoder of a config in its `vae.weight_dtype`, corrected where the weights need another; on a CPU float32."""
     name = config.vae.vae_pretrained
     dtype = torch.float32 if device.type == "cpu" else DTYPES[config.vae.weight_dtype]
-    if name in AUTOENCODERS:
+    if name.removeprefix("hf://") in AUTOENCODERS:
         (allowed,) = {entry.autoencoder_dtypes for entry in PUBLISHED.values()}
         dtype = choose_dtype(allowed, dtype, explicit=False, device=device)
     return Autoencoder.from_pretrained(name, dtype=dtype, device=device)
@@ -251,7 +253,7 @@ def _recognised(path: str | Path, weights: Path, folder: Path | None) -> tuple[s
     words = [*(like.config_overrides if like else ()), f"--model.model={name}"]
     words += [f"--{key}={json.dumps(shape[field])}" for field, key in _KEYS.items()]
     words += [f"--model.image_size={side}"] if side else []
-    words += _precision_words(state) + _position_words(network)
+    words += _precision_words(state) + _network_words(network)
     words += _scheduler_words(_json(folder / "scheduler" / "scheduler_config.json")) if folder else []
     config = load_config(base, words)
     logger.warning(
@@ -295,12 +297,17 @@ def _precision_words(state: State) -> list[str]:
     return [f"--model.mixed_precision={names[stored]}"] if stored in names else []
 
 
-def _position_words(network: dict[str, Any]) -> list[str]:
-    """Overrides for the position embedding, which tensors do not tell, from the arguments of diffusers' network."""
+def _network_words(network: dict[str, Any]) -> list[str]:
+    """Overrides for position embedding and time scale, which tensors do not tell, from diffusers' network config."""
+    words = []
+    if network.get("guidance_embeds"):
+        words.append(f"--model.cfg_embed_scale={network.get('guidance_embeds_scale', 0.1)}")
+    elif network.get("timestep_scale", 1.0) != 1.0:
+        words.append(f"--scheduler.timestep_norm_scale_factor={round(1 / network['timestep_scale'], 6)}")
     if "interpolation_scale" not in network:
-        return []
+        return words
     scale = network["interpolation_scale"]
-    words = [f"--model.use_pe={json.dumps(scale is not None)}"]
+    words.append(f"--model.use_pe={json.dumps(scale is not None)}")
     return words + ([f"--model.pe_interpolation={scale}"] if scale is not None else [])
 
 

@@ -81,7 +81,7 @@ def convert_transformer(
     source: str, target: Path, dtype: torch.dtype | None, args: Namespace, overrides: list[str]
 ) -> None:
     """Read the weights and their config, and write both."""
-    from sana.loading import empty_transformer, find_config
+    from sana.loading import DTYPES, empty_transformer, find_config
     from sana.models import diffusers_folder
     from sana.models.autoencoder import Autoencoder
     from sana.models.checkpoints import choose_dtype, find_published
@@ -90,16 +90,28 @@ def convert_transformer(
     from sana.models.state_dict import load_transformer_state
     from sana.models.text_encoder import TextEncoder
 
-    if dtype is not None and (published := find_published(source)):
-        choose_dtype(published.dtypes, dtype, explicit=True, device="cpu")
+    if target.suffix in (".bin", ".pt", ".ckpt", ".safetensor"):
+        raise ValueError(
+            f"{target}: write a {' or '.join(SUFFIXES)} file, or a folder (a name without a suffix)"
+        )
     config = find_config(args.config, source, [*override_words(args), *overrides])
-    config = replace(config, model=replace(config.model, load_from=None))  # the weights come with it
+    model = replace(config.model, load_from=None)  # the weights come with it
+    if published := find_published(source):
+        if dtype is not None:
+            choose_dtype(published.dtypes, dtype, explicit=True, device="cpu")
+        # The name by which the precision was known is lost here: the config says it from now on.
+        model = replace(
+            model, mixed_precision=next(name for name, kind in DTYPES.items() if kind == published.dtypes[0])
+        )
+    config = replace(config, model=model)
     state = load_transformer_state(source, ema=args.ema)
     network = empty_transformer(config)
     if problems := misfits(network.state_dict(), state):
         raise ValueError(f"the weights are not those of {config.model.model}: {'; '.join(problems)}")
     if dtype is not None:
         state = {key: value.to(dtype) for key, value in state.items()}
+        if bad := [key for key, value in state.items() if not value.isfinite().all()]:
+            raise ValueError(f"{bad[0]} is not finite in {args.dtype}: choose another --dtype")
     text = config_text(config)
     if target.suffix in SUFFIXES:
         write_single_file(target, state, name=config.model.model, network=network.config, config_text=text)

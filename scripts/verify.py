@@ -37,18 +37,14 @@ def make_parser() -> Parser:
 
 def run(args: Namespace, overrides: list[str]) -> None:
     """Check, print as it goes, and leave with status 1 if a check failed. Torch is imported only here."""
-    from sana.config import load_config
     from sana.evaluation import checks, goldens, verify
+    from sana.loading import find_config
     from sana.models.state_dict import load_transformer_state, to_diffusers
     from sana.pipeline import DEFAULT_CONFIG, SanaPipeline
     from sana.utils import hub, logging
 
     logging.configure("WARNING")
-    config = args.config or DEFAULT_CONFIG
-    if args.model_path:
-        config = args.config or hub.find_beside(args.model_path, "config.yaml")
-        overrides = [*overrides, f"--model.load_from={args.model_path}"]
-    config = load_config(config, overrides)
+    config = find_config(args.config, args.model_path, overrides)
     if not config.model.load_from:
         raise ValueError(
             "no weights to check: name them with --model_path, or in the config's model.load_from"

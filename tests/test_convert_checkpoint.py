@@ -12,7 +12,8 @@ from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sana.config import load_config
+from sana.config import load_config, transformer_overrides
+from sana.loading import config_for
 from scripts.convert_checkpoint import make_parser, run
 from tests.factories import make_autoencoder, make_transformer, write_model
 from tests.models.native_dc_ae import LITE, build_published, native_state, small, write_native
@@ -283,3 +284,49 @@ def test_errors_are_one_line_and_status_2(source, tmp_path):
     lines = [line for line in answer.stderr.splitlines() if "error" in line]
     assert len(lines) == 1 and "truncated" in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "src.pth", "transformer/notes.txt"])
+def test_overwrite_never_takes_what_it_does_not_replace(source, tmp_path, stray):
+    convert(source / "model.pth", tmp_path / "pipeline")
+    convert(source / "model.pth", tmp_path / "pipeline", "--overwrite")
+    (tmp_path / "pipeline" / stray).write_text("mine")
+    with pytest.raises(ValueError, match=f"also holds {stray}, not written here: name another target"):
+        convert(source / "model.pth", tmp_path / "pipeline", "--overwrite")
+    assert (tmp_path / "pipeline" / stray).read_text() == "mine"
+
+
+def test_a_part_does_not_replace_the_whole(source, tmp_path):
+    convert(source / "model.pth", tmp_path / "pipeline")
+    with pytest.raises(ValueError, match="also holds model_index.json, "):
+        convert(source / "model.pth", tmp_path / "pipeline", "--overwrite", "--save_full_pipeline=false")
+    assert (tmp_path / "pipeline" / "vae").is_dir()
+
+
+def test_the_precision_of_a_published_name_outlives_the_name(source, tmp_path):
+    folder = tmp_path / "Sana_1600M_1024px"
+    folder.mkdir()
+    (folder / "Sana_1600M_1024px.pth").write_bytes((source / "model.pth").read_bytes())
+    convert(
+        folder / "Sana_1600M_1024px.pth",
+        tmp_path / "mine.safetensors",
+        f"--config={source / 'config.yaml'}",
+        "--model.mixed_precision=bf16",
+    )
+    config = config_for(tmp_path / "mine.safetensors")
+    assert config.model.mixed_precision == "fp16" and transformer_overrides(config)["clamp_attention"]
+
+
+def test_other_suffixes_and_overflow_are_refused(source, state, tmp_path):
+    with pytest.raises(ValueError, match="o.bin: write a "):
+        convert(source / "model.pth", tmp_path / "o.bin")
+    big = dict(state)
+    big["final_layer.linear.bias"] = torch.full_like(big["final_layer.linear.bias"], 1e6)
+    torch.save(big, tmp_path / "big.pth")
+    with pytest.raises(ValueError, match="final_layer.linear.bias is not finite in fp16"):
+        convert(
+            tmp_path / "big.pth", tmp_path / "o.pth", "--dtype=fp16", f"--config={source / 'config.yaml'}"
+        )
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="its keys are no names"):
+        convert(tmp_path / "numbers.pth", tmp_path / "o.pth", f"--config={source / 'config.yaml'}")

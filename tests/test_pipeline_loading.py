@@ -282,6 +282,10 @@ def test_json_files_of_diffusers_say_what_tensors_cannot(files, tmp_path):
     config = loading.config_for(tmp_path)
     assert (config.scheduler.vis_sampler, config.scheduler.flow_shift) == ("flow_euler", 5.0)
     assert (config.model.use_pe, config.model.pe_interpolation, config.model.image_size) == (True, 2.0, 512)
+    assert config.scheduler.timestep_norm_scale_factor == 1.0
+    network["timestep_scale"] = 0.001  # as diffusers writes a teacher of Sprint
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(network))
+    assert loading.config_for(tmp_path).scheduler.timestep_norm_scale_factor == 1000.0
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(ValueError, match="scheduler_config.json: not valid JSON"):
         loading.config_for(tmp_path)

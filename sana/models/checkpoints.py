@@ -81,7 +81,12 @@ def _published(name: str, *, file: str | None = None, **settings: Any) -> tuple[
 _HALF: dict[str, Any] = {"dtypes": (_FP16, _FP32), "clamp": True}
 # Trained in bf16, whose range is float32's: their activations may pass float16's.
 _BRAIN: dict[str, Any] = {"dtypes": (_BF16, _FP32)}
-_600M: dict[str, Any] = {"architecture": "SanaMS_600M_P1_D28"}
+_600M: dict[str, Any] = {
+    "architecture": "SanaMS_600M_P1_D28",
+    # The published app perturbs this block; the training files name none.
+    "config_overrides": ("--model.pag_applied_layers=[14]",),
+    "pag_layers": (14,),
+}
 _1600M: dict[str, Any] = {"architecture": "SanaMS_1600M_P1_D20"}
 _NORMS: dict[str, Any] = {"qk_norm": True, "cross_norm": True}
 _512: dict[str, Any] = {"resolution": 512}

@@ -34,6 +34,7 @@ SAMPLERS = ("flow_dpm-solver", "flow_euler", "scm")
 
 _OURS = ("model_index.json", "config.json", "transformer/config.json")
 """A folder that holds one of these was written by a converter and may be replaced."""
+_WEIGHTS = ("diffusion_pytorch_model", "model.", "model-")  # how the files of a part begin, sharded or not
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and is gone when not.
 
     Raises:
-        ValueError: `target` exists and `overwrite` is false, or it is no folder of a model.
+        ValueError: `target` exists and `overwrite` is false, or it holds what the new folder has nothing for.
     """
     check_free(target, overwrite=overwrite)
     if target.is_file() or (
@@ -54,6 +55,10 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
+        if lost := _would_be_lost(target, fresh):
+            raise ValueError(
+                f"{target} also holds {', '.join(lost[:3])}, not written here: name another target"
+            )
         if target.exists():
             os.replace(target, old)
         os.replace(fresh, target)
@@ -62,6 +67,21 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
             os.replace(old, target)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _would_be_lost(target: Path, fresh: Path) -> list[str]:
+    """Files of `target` that `fresh` does not replace; weights count as replaced where their folder has new ones."""
+
+    def files(folder: Path) -> set[Path]:
+        return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+    new = files(fresh)
+    weights = {path.parent for path in new if path.name.startswith(_WEIGHTS)}
+    return sorted(
+        str(path)
+        for path in files(target) - new
+        if not (path.name.startswith(_WEIGHTS) and path.parent in weights)
+    )
 
 
 def check_free(target: Path, *, overwrite: bool) -> None:

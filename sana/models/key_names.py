@@ -129,6 +129,8 @@ def to_published(state: State) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a ControlNet, or names of diffusers that the table does not have.
     """
+    if any(not isinstance(key, str) for key in state):
+        raise ValueError("not a state dict: its keys are no names")
     if any(key.startswith("controlnet.") for key in state):
         raise ValueError("a ControlNet checkpoint; ControlNet is not supported here, only its base model is")
     if any(key.startswith("transformer_blocks.") for key in state):

@@ -290,9 +290,9 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         raise KeyError
     assert (target / "config.json").read_text() == "first"
     with new_folder(target, overwrite=True) as folder:
-        (folder / "model_index.json").write_text("second")
+        (folder / "config.json").write_text("second")
     assert [path.name for path in target.parent.iterdir()] == ["model"]
-    assert [path.name for path in target.iterdir()] == ["model_index.json"]
+    assert (target / "config.json").read_text() == "second"
 
 
 def test_the_old_folder_comes_back(tmp_path, monkeypatch):
