@@ -33,7 +33,13 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument(
-        "--latent_noise", type=float, default=0.05, help="noise on the latents, of their deviation"
+        "--latent_noise", type=float, default=0.2, help="most noise on the latents, of their deviation"
+    )
+    parser.add_argument(
+        "--latent_spread",
+        type=float,
+        help="weight of the term that gives every latent channel mean 0 and variance 1; default: 0.01, and 0 "
+        "with --load_from",
     )
     parser.add_argument("--save_every", type=at_least(1), default=500, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,6 +108,9 @@ def run(args: Namespace) -> None:
         batch_size=args.batch_size,
         lr=args.lr,
         latent_noise=args.latent_noise,
+        latent_spread=(
+            args.latent_spread if args.latent_spread is not None else 0.0 if args.load_from else 0.01
+        ),
         freeze_encoder=args.freeze_encoder,
         save_every=args.save_every,
     )

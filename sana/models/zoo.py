@@ -33,7 +33,7 @@ TRANSFORMERS: dict[str, TransformerConfig] = {
     "SanaMSCM_2400M_P1_D30": replace(_1600M, depth=30, **_SPRINT),
     # The embedded model of this repository (asset/sana_tiny).
     "SanaMS_Tiny_P1_D8": TransformerConfig(
-        depth=8, hidden_size=160, num_heads=5, caption_channels=128, model_max_length=64
+        depth=8, hidden_size=224, num_heads=7, caption_channels=128, model_max_length=64
     ),
 }
 """P: patch size, D: depth. The q/k norms of SANA-1.5 are overrides: `qk_norm=True, cross_norm=True`."""

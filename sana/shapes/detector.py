@@ -31,7 +31,7 @@ _FOREIGN = 60.0  # from every mixture of background and object colour: another o
 _PLAIN_BORDER = 0.75  # least share of the border within _CONTRAST of its median: else there is no background
 # Lengths are fractions of the shorter side of the image.
 _BORDER = 1 / 64
-_MIN_RADIUS = 0.05  # a region with less area than its square is a speck; the smallest radius drawn is 0.085
+_MIN_RADIUS = 0.05  # a region with less area than its square is a speck; the smallest radius drawn is 0.12
 _MAX_EDGE = 1 / 32  # an outline wider than this lowers the score
 # The frame in which regions and templates are compared.
 _GRID = 80  # samples a side

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sana.shapes.palette import BACKGROUNDS, COLOURS
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
-SIZES = {"small": (0.085, 0.115), "large": (0.165, 0.205)}  # range of the radius of the circumscribed circle
+SIZES = {"small": 0.12, "large": 0.19}  # radius of the circumscribed circle
 RELATIONS = {
     "left of": (-1, 0),
     "right of": (1, 0),
@@ -22,6 +22,7 @@ RELATIONS = {
 }  # direction in the image
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
+_LATTICE = 16  # centres lie on multiples of 1/16: at 256 pixels, half the side of a latent
 _MARGIN = 0.025  # from the image border
 _GAP = 0.04  # between the circumscribed circles of two objects
 _SLANT = 0.35  # most that a clear relation may lean: |minor offset| <= _SLANT * |major offset|
@@ -91,9 +92,9 @@ def compose(
 def _place(rng: random.Random, kind: Group, others: list[Object], relation: str | None) -> Object | None:
     """A new object apart from `others`, the first of which stands in `relation` to it; None after a few draws."""
     for _ in range(_ATTEMPTS):
-        radius = rng.uniform(*SIZES[kind.size])
-        low, high = radius + _MARGIN, 1 - radius - _MARGIN
-        x, y = rng.uniform(low, high), rng.uniform(low, high)
+        radius = SIZES[kind.size]
+        first = math.ceil((radius + _MARGIN) * _LATTICE)  # symmetric: the last is _LATTICE - first
+        x, y = (rng.randint(first, _LATTICE - first) / _LATTICE for _ in range(2))
         new = Object(shape=kind.shape, colour=kind.colour, size=kind.size, x=x, y=y, radius=radius)
         apart = all(math.hypot(x - other.x, y - other.y) >= radius + other.radius + _GAP for other in others)
         if apart and (relation is None or not others or relation_between(others[0], new) == relation):

@@ -34,9 +34,12 @@ class AutoencoderTraining:
     """Steps of warm-up."""
     ema_rate: float = 0.998
     """Rate of the weights' moving average, which is what is kept."""
-    latent_noise: float = 0.05
-    """Noise added to the latents in training, as a fraction of their standard deviation: a decoder that has seen it
-    forgives the transformer's small errors."""
+    latent_noise: float = 0.2
+    """Most noise added to the latents in training, as a fraction of their standard deviation; each picture draws its
+    own level below it. A decoder that has seen it forgives the transformer's errors."""
+    latent_spread: float = 0.01
+    """Weight of the term that draws every latent channel to mean 0 and variance 1, so that the flow loss of a
+    transformer sees all channels alike. 0 where latents must stay what they are."""
     gradient_clip: float = 1.0
     """Largest gradient norm."""
     freeze_encoder: bool = False
@@ -98,15 +101,17 @@ class AutoencoderTrainer:
         return self.reconstruction_psnr(validation)
 
     def train_step(self, images: Tensor) -> float:
-        """One step on `images`: encode, disturb the latents, decode, descend |error| + error^2. Returns the loss."""
+        """One step on `images`: encode, disturb the latents, decode, descend |error| + error^2 + spread. Returns the loss."""
         model, images = self.autoencoder.model, images.contiguous(memory_format=torch.channels_last)
         device = images.device.type
         with torch.autocast(device, dtype=torch.bfloat16):
             latents = model.encode(images).latent
-            noise = torch.randn_like(latents) * latents.detach().float().std() * self.settings.latent_noise
+            level = torch.rand(len(images), 1, 1, 1, device=images.device) * self.settings.latent_noise
+            noise = torch.randn_like(latents) * latents.detach().float().std() * level
             reconstruction = model.decode(latents + noise).sample
         error = reconstruction.float() - images
         loss = error.abs().mean() + error.square().mean()
+        loss = loss + self.settings.latent_spread * _spread(latents.float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.settings.gradient_clip)
@@ -163,3 +168,9 @@ class AutoencoderTrainer:
         self.step = state["step"]
         log.info("resumed at step %d from %s", self.step, path)
         return True
+
+
+def _spread(latents: Tensor) -> Tensor:
+    """How far the channels of `latents` (B, C, h, w) are from mean 0 and variance 1."""
+    variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
+    return mean.square().mean() + (variance - 1).square().mean()

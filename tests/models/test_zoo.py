@@ -20,7 +20,7 @@ COUNTS = {
     "SanaMSCM_600M_P1_D28": (593_501_216, None),
     "SanaMSCM_1600M_P1_D20": (1_610_237_472, None),
     "SanaMSCM_2400M_P1_D30": (2_389_533_472, None),
-    "SanaMS_Tiny_P1_D8": (3_537_632, None),
+    "SanaMS_Tiny_P1_D8": (6_845_024, None),
 }
 
 
@@ -105,7 +105,7 @@ def test_released_settings():
     for name, config in TRANSFORMERS.items():
         size, patch, depth = name.split("_")[1:]
         assert (config.patch_size, config.depth) == (int(patch[1:]), int(depth[1:])), name
-        expected = {"600M": (1152, 16, 2304, 300), "Tiny": (160, 5, 128, 64)}.get(size, (2240, 20, 2304, 300))
+        expected = {"600M": (1152, 16, 2304, 300), "Tiny": (224, 7, 128, 64)}.get(size, (2240, 20, 2304, 300))
         assert (
             config.hidden_size,
             config.num_heads,
