@@ -6,7 +6,12 @@
 Every config key can be overridden as --section.key=value (lists as "[a,b]"). `train.sh` is the usual way to start it.
 """
 
+import sys
+
 from sana.utils.cli import Parser
+
+STOPPED = 143
+"""Exit status of a run that was stopped by SIGTERM before its last step, and saved: started again, it goes on."""
 
 
 def build_parser() -> Parser:
@@ -14,7 +19,8 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__, epilog="plus --KEY=VALUE for any key of the config")
     parser.add_argument("--config_path", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--resume_from", help='a training checkpoint, or "latest" of the work_dir, if there is one'
+        "--resume_from",
+        help='a training checkpoint (a folder, or a .pth), or "latest": the newest whole one of the work_dir, if any',
     )
     return parser
 
@@ -29,7 +35,8 @@ def run(config_path: str, resume_from: str | None, overrides: list[str]) -> None
 
     from sana.training.trainer import Trainer  # after the config's errors: it imports torch
 
-    Trainer(config, resume_from).train()
+    if not Trainer(config, resume_from).train():
+        sys.exit(STOPPED)
 
 
 def main() -> None:

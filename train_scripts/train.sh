@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Start a training on all GPUs of this machine (one process without any).
+# Start a training on all GPUs of this machine (one process without any), or on those of several machines.
 #
 #   bash train_scripts/train.sh [CONFIG.yaml] [--np=N] [--KEY=VALUE ...]
+#   NNODES=4 NODE_RANK=0 MASTER_ADDR=HOST bash train_scripts/train.sh ...    on each machine, NODE_RANK counting from 0
 #
-# CONFIG defaults to Sana-tiny's. --np=N, or NP=N, sets the number of processes. Everything else goes to train.py; later
-# arguments override earlier ones. A run goes on from its newest checkpoint when it is started again.
+# CONFIG defaults to Sana-tiny's. --np=N, or NP=N, sets the number of processes on this machine. Everything else goes to
+# train.py; later arguments override earlier ones. A run goes on from its newest checkpoint when it is started again.
+# SIGTERM saves and ends it; it then has ten minutes for that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,6 +26,14 @@ if [ -z "$np" ]; then
     [ "$np" -gt 0 ] || np=1
 fi
 
+nodes=${NNODES:-1}
+if [ "$nodes" -gt 1 ]; then # every machine must name the same port
+    port=${MASTER_PORT:-29500}
+else
+    port=${MASTER_PORT:-$((20000 + RANDOM % 10000))}
+fi
+
 python="$(bash environment_setup.sh)"
-exec "$python" -m torch.distributed.run --nproc_per_node="$np" --master_port="${MASTER_PORT:-$((20000 + RANDOM % 10000))}" \
+exec "$python" -m torch.distributed.run --nnodes="$nodes" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$np" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$port" --shutdown_timeout=600 \
     train_scripts/train.py --config_path="$config" --resume_from=latest "${arguments[@]}"

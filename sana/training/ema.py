@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from sana.models.state_dict import load_into
+
 
 class EMA:
     """ema = rate * ema + (1 - rate) * weights, in float32; `model` is the averaged copy, in eval mode.
@@ -30,6 +32,6 @@ class EMA:
             average.copy_(buffer)
 
     def restore(self, state: dict[str, Tensor], updates: int) -> None:
-        """Go on from the averaged weights `state` (`model.state_dict()`) after so many updates."""
-        self.model.load_state_dict(state)
+        """Go on from the averaged weights `state` (`model.state_dict()`, also a published one) after so many updates."""
+        load_into(self.model, state)
         self.updates = updates

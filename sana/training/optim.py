@@ -1,39 +1,130 @@
-"""Optimizers and learning-rate schedules, from their settings."""
+"""Optimizers, their state by parameter names, and learning-rate schedules, from their settings."""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sana.config import ConfigError, TrainConfig
+from sana.training.came import CAME, CAME8Bit
+from sana.training.parallel import gathered
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "Adam": torch.optim.Adam,
     "SGD": torch.optim.SGD,
+    "CAMEWrapper": CAME,
+    "CAME8BitWrapper": CAME8Bit,
 }
+"""Under the published configs' names; `AdamW8bit` is of the library bitsandbytes."""
+
+SHARDABLE = ("AdamW", "Adam", "SGD")
+"""Those whose arithmetic is by single values, so that a shard of a parameter is stepped as the whole would be."""
+
+STATE_FIELDS = {"AdamW": "exp_avg_sq", "Adam": "exp_avg_sq", "CAMEWrapper": "exp_avg_sq_row"} | {
+    "CAME8BitWrapper": "exp_avg_low",
+    "AdamW8bit": "state1",
+}
+"""A field that tells an optimizer's state from another's."""
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], train: TrainConfig, batch_size: int
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, train: TrainConfig, batch_size: int) -> torch.optim.Optimizer:
     """The optimizer of `train.optimizer`, its rate scaled for the global `batch_size` by `train.auto_lr`.
 
     Raises:
-        ConfigError: an unknown type, or arguments that the optimizer refuses.
+        ConfigError: an unknown type, one that is not installed, or arguments that the optimizer refuses.
     """
     settings = dict(train.optimizer)
     name = settings.pop("type", "AdamW")
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"train.optimizer.type: {name} is not available; one of {', '.join(OPTIMIZERS)}")
     settings["lr"] = scaled_lr(settings.get("lr", 1e-4), train, batch_size)
+    optimizer = _adamw_8bit() if name == "AdamW8bit" else OPTIMIZERS.get(name)
+    if optimizer is None:
+        available = ", ".join([*OPTIMIZERS, "AdamW8bit"])
+        raise ConfigError(f"train.optimizer.type: {name} is not available; one of {available}")
+    if train.use_fsdp and name not in SHARDABLE:
+        raise ConfigError(
+            f"train.optimizer.type: {name} cannot be sharded; with use_fsdp: {', '.join(SHARDABLE)}"
+        )
     try:
-        return OPTIMIZERS[name](parameters, **settings)
+        return optimizer(_groups(model, train, settings), **settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"train.optimizer: {name}: {error}") from error
+
+
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
+    try:
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "train.optimizer.type: AdamW8bit needs bitsandbytes: pip install bitsandbytes, or use CAME8BitWrapper"
+        ) from error
+
+
+def _groups(model: nn.Module, train: TrainConfig, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Parameters, in groups of one weight decay each; biases, norms and tables are those that decay may spare."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if train.weight_decay_on == "all" or not settings.get("weight_decay"):
+        return [{"params": parameters}]
+    tables = {id(value) for name, value in model.named_parameters() if name.endswith("scale_shift_table")}
+    spared = [value for value in parameters if value.ndim < 2 or id(value) in tables]
+    kept = {id(value) for value in spared}
+    matrices = [value for value in parameters if id(value) not in kept]
+    return [{"params": matrices}, {"params": spared, "weight_decay": 0.0}]
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Parameter name -> field -> tensor (whole, on the CPU) or number. With sharded parameters every rank must call it."""
+    return {
+        name: {
+            field: gathered(value).detach().cpu() if isinstance(value, Tensor) else value
+            for field, value in optimizer.state[parameter].items()
+        }
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]], kind: str
+) -> None:
+    """Go on from what `optimizer_state` gave. Rates and the like are the present config's, not the checkpoint's.
+
+    Raises:
+        ValueError: it is the state of another optimizer (than `kind`) or of another model.
+    """
+    fields = {field for entries in state.values() for field in entries}
+    advice = "; to start it anew: model.resume_from.resume_optimizer=false"
+    if fields and STATE_FIELDS.get(kind, "") not in fields | {""}:
+        raise ValueError(
+            f"the checkpoint's optimizer is no {kind}: its state is {', '.join(sorted(fields))}{advice}"
+        )
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(state.keys() - parameters.keys()):
+        raise ValueError(
+            f"the checkpoint's optimizer has a state for {unknown[0]}, which the model lacks{advice}"
+        )
+    for name, entries in state.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            field: _placed(value, field, parameter) if isinstance(value, Tensor) else value
+            for field, value in entries.items()
+        }
+
+
+def _placed(value: Tensor, field: str, parameter: Tensor) -> Tensor:
+    """Beside the parameter, sharded as it is; torch's optimizers keep their step count on the CPU."""
+    if field == "step":
+        return value.clone()
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value.to(parameter.device, copy=True)
 
 
 def scaled_lr(lr: float, train: TrainConfig, batch_size: int) -> float:
@@ -69,3 +160,24 @@ def lr_factor(train: TrainConfig, total_steps: int) -> Callable[[int], float]:
     if train.lr_schedule not in ("constant", "cosine", "cosine_decay_to_constant"):
         raise ConfigError(f"train.lr_schedule: unknown schedule {train.lr_schedule!r}")
     return factor
+
+
+class Schedule:
+    """Sets the rate of every group before a step: its own rate times `lr_factor`, a function of the step alone.
+
+    Args:
+        start: step at which the warm-up begins.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], start: int = 0
+    ) -> None:
+        self.optimizer, self.factor, self.start = optimizer, factor, start
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def set(self, step: int) -> float:
+        """Set the rates of `step`, counted from 0; returns the first."""
+        rates = [peak * self.factor(max(0, step - self.start)) for peak in self.peaks]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return rates[0]

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from sana.config import ConfigError, SanaConfig, dump_config, transformer_overrides
 from sana.data.loader import Batch, Order, batches, build_dataset
 from sana.diffusion import flow
 from sana.models.autoencoder import Autoencoder
-from sana.models.state_dict import load_into, load_transformer_state, save_transformer
+from sana.models.state_dict import save_transformer
 from sana.models.text_encoder import TextEncoder, TextFeatures
 from sana.models.zoo import build_transformer
-from sana.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from sana.training.checkpoint import remove_leftovers, retain, write_checkpoint
 from sana.training.ema import EMA
 from sana.training.features import cached_latents
-from sana.training.optim import build_optimizer, lr_factor
+from sana.training.heldout import HeldOutLoss, hold_out
+from sana.training.optim import Schedule, build_optimizer, lr_factor
+from sana.training.parallel import build_accelerator, gathered, shard, whole_state
+from sana.training.progress import Progress, forward_flops
+from sana.training.resume import Resume, training_state
+from sana.training.safety import StopRequest, Watchdog, patiently, shielded
+from sana.training.stats import Seen, SkippedSteps, StepStats
+from sana.training.tracker import Tracker
 from sana.training.validation import Validation
 from sana.utils.logging import get_logger
 from sana.utils.seeding import generator
@@ -31,21 +37,15 @@ from sana.utils.seeding import generator
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepStats:
-    """What a step reports, averaged over all processes."""
-
-    loss: float
-    grad_norm: float
-
-
 class Trainer:
-    """One training run, in `config.work_dir`: `config.yaml`, `logs/` (TensorBoard), `log_vis/`, `checkpoints/`, and at
-    the end `transformer.safetensors`, the (averaged) weights alone.
+    """One training run, in `config.work_dir`; asset/docs/training.md lists what it writes there.
 
     Everything random in a step is drawn from (seed, epoch, sample number): a run gives the same losses on any number of
     processes, and goes on after a stop as if there had been none.
     """
+
+    RETRY_SECONDS = 60.0
+    """Between attempts to write on a full disk."""
 
     def __init__(self, config: SanaConfig, resume_from: str | None = None) -> None:
         if config.model.cfg_embed:
@@ -55,15 +55,20 @@ class Trainer:
             )
         self.config, train = config, config.train
         self.work_dir = Path(config.work_dir)
-        self.accelerator = _accelerator(config)
+        self.accelerator = build_accelerator(config)
         self.device = self.accelerator.device
         self.batch_size = (
             train.train_batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
         )
+        self.stop = StopRequest(train.early_stop_hours)
+        stacks = self.work_dir / "logs" / "stacks" / f"rank_{self.accelerator.process_index}.txt"
+        self.watchdog = Watchdog(stacks, train.hang_minutes)
 
         set_seed(train.seed)  # the initial weights, equal in every process
-        self.samples = build_dataset(config)
-        self.order = Order(num_samples=len(self.samples), batch_size=self.batch_size, seed=train.seed)
+        self.samples, held_out = hold_out(config, build_dataset(config))
+        folder, label = self.work_dir / "logs" / "not_finite", self.samples.label
+        self.skipped = SkippedSteps(folder, train.nonfinite_limit, label, self.accelerator)
+        self.order = Order.of(self.samples, batch_size=self.batch_size, seed=train.seed)
         self.total_steps = min(train.max_steps or 10**12, train.num_epochs * self.order.steps_per_epoch)
         self.text_encoder = TextEncoder.from_pretrained(
             config.text_encoder.text_encoder_name,
@@ -73,93 +78,91 @@ class Trainer:
             device=self.device,
         )
         self.autoencoder = Autoencoder.from_pretrained(config.vae.vae_pretrained, device=self.device)
-
-        transformer = build_transformer(config.model.model, **transformer_overrides(config)).to(self.device)
-        self.ema: EMA | None = None
-        optimizer = build_optimizer(transformer.parameters(), train, self.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(train, self.total_steps))
-        self.step = self._restore(transformer, optimizer, schedule, resume_from)
-        if self.ema is None and train.ema_update:
-            self.ema = EMA(transformer, train.ema_rate)
-        self.model, self.optimizer = self.accelerator.prepare(transformer, optimizer)
-        self.schedule = schedule  # ours to step, once for each optimizer step
         self.pixels_are_latents = train.feature_cache_dir is not None
+        self._build(Resume(config, resume_from, self.accelerator))
         self.validation = Validation(config, self.autoencoder, self.text_encoder) if train.visualize else None
-
-    def _restore(
-        self,
-        transformer: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        resume_from: str | None,
-    ) -> int:
-        """Take weights and state from a checkpoint to resume, else weights from `model.load_from`; returns the step."""
-        config, resume = self.config, self.config.model.resume_from
-        name = resume_from or resume.checkpoint
-        path = find_checkpoint(name, self.work_dir / "checkpoints") if name else None
-        if path:
-            state = load_checkpoint(path)
-            load_into(transformer, state["state_dict"])
-            if "state_dict_ema" in state and config.train.ema_update:
-                self.ema = EMA(transformer, config.train.ema_rate)
-                self.ema.restore(state["state_dict_ema"], state["ema_updates"])
-            if resume.resume_optimizer:
-                optimizer.load_state_dict(state["optimizer"])
-            if resume.resume_lr_scheduler and config.train.resume_lr_scheduler:
-                schedule.load_state_dict(state["scheduler"])
-            log.info("resumed at step %d from %s", state["step"], path)
-            return state["step"]
-        if config.model.load_from:
-            load_into(transformer, load_transformer_state(config.model.load_from))
-            log.info("starting from the weights in %s", config.model.load_from)
-        # What a dropped caption is replaced by, and guidance compares with: the text encoder's view of nothing.
-        transformer.y_embedder.y_embedding.copy_(self.text_encoder.encode_unconditional([""]).embeds[0])
-        return 0
-
-    def train(self) -> None:
-        """Run to the last step, or until `train.early_stop_hours` have passed."""
-        train, accelerator = self.config.train, self.accelerator
-        writer = None
-        if accelerator.is_main_process:
-            dump_config(self.config, self.work_dir / "config.yaml")
-            if self.config.report_to == "tensorboard":
-                writer = SummaryWriter(self.work_dir / "logs", purge_step=self.step)
-        stream = self._batches()
-        began, recent = time.monotonic(), deque(maxlen=train.log_interval)
-        log.info(
-            "%d samples, %d steps an epoch, %d steps",
-            len(self.samples),
-            self.order.steps_per_epoch,
-            self.total_steps,
+        self.held_out_loss = held_out and HeldOutLoss(
+            config, held_out, self.encode_images, self.text_encoder, self.accelerator
         )
-        while self.step < self.total_steps:
-            tick = time.monotonic()
-            stats = self.train_step([next(stream) for _ in range(train.gradient_accumulation_steps)])
-            recent.append((stats, time.monotonic() - tick))
-            if writer is not None:
-                writer.add_scalar(self.config.loss_report_name, stats.loss, self.step)
-                writer.add_scalar("grad_norm", stats.grad_norm, self.step)
-                writer.add_scalar("lr", self.schedule.get_last_lr()[0], self.step)
-            if self.step % train.log_interval == 0:
-                self._log(recent)
-            if train.visualize and (
-                self.step % train.eval_sampling_steps == 0 or self.step == self.total_steps
-            ):
-                self._validate(writer)
-            late = time.monotonic() - began > train.early_stop_hours * 3600
-            if late or self._is_time_to_save():
-                self.save()
-            if late:
-                log.info("stopped after %.2f hours (train.early_stop_hours)", train.early_stop_hours)
-                break
-        if writer is not None:
-            writer.close()
-        if accelerator.is_main_process:
-            self.export(self.work_dir / "transformer.safetensors")
+
+    def _build(self, resume: Resume) -> None:
+        """The model, its average, the optimizer and the schedule, as a checkpoint left them or new."""
+        config, train = self.config, self.config.train
+        transformer = build_transformer(config.model.model, **transformer_overrides(config)).to(self.device)
+        if not resume.weights(transformer):
+            # What a dropped caption is replaced by, and guidance compares with: the text encoder's view of nothing.
+            null = self.text_encoder.encode_unconditional([""]).embeds[0]
+            transformer.y_embedder.y_embedding.copy_(null)
+        self.ema = EMA(transformer, train.ema_rate) if train.ema_update else None
+        resume.average(self.ema)
+        if train.use_fsdp:
+            for network in [transformer] if self.ema is None else [transformer, self.ema.model]:
+                shard(network)
+        if train.compile:
+            for block in transformer.blocks:
+                block.compile()
+        self.transformer = transformer  # the network itself; `self.model` may be wrapped
+        self.model = transformer if train.use_fsdp else self.accelerator.prepare(transformer)
+        self.optimizer = self.accelerator.prepare(build_optimizer(transformer, train, self.batch_size))
+        self.schedule = Schedule(
+            self.optimizer.optimizer, lr_factor(train, self.total_steps), resume.schedule_start
+        )
+        resume.optimizer(transformer, self.optimizer.optimizer)
+        self.step = self.saved_step = resume.step
+        resume.generators(self._data_facts())
+
+    def train(self) -> bool:
+        """Run to the last step, or until `train.early_stop_hours` are over. Returns False where SIGTERM ended it before.
+
+        However it ends, all that was trained is saved.
+        """
+        train, per_epoch = self.config.train, self.order.steps_per_epoch
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        progress = Progress(train.log_interval, self.batch_size, device)
+        log.info("%d samples, %d steps an epoch, %d steps", len(self.samples), per_epoch, self.total_steps)
+        stopping = False
+        with self.stop, self.watchdog, contextlib.closing(self._start_records()) as tracker:
+            self.watchdog.rest()  # caches may take hours
+            with shielded(), torch.random.fork_rng(devices=[]):  # the loader draws a seed for its workers
+                stream = self._batches()
+            while self.step < self.total_steps and not stopping:
+                self.watchdog.beat()
+                began = time.monotonic()
+                parts = [next(stream) for _ in range(train.gradient_accumulation_steps)]
+                waited = time.monotonic() - began
+                stats = self.train_step(parts)
+                stopping = stats.stopping
+                progress.add(stats, time.monotonic() - began, waited)
+                tracker.step(stats.record(self.config.loss_report_name), self.step)
+                if self.step % train.log_interval == 0:
+                    log.info(progress.line(self.step // per_epoch + 1, self.step, self.total_steps))
+                if self.step % train.eval_sampling_steps == 0 or self.step == self.total_steps:
+                    self._validate(tracker)
+                if stopping or self._is_time_to_save():
+                    self.save()
+            finished = self.step >= self.total_steps and self.saved_step == self.step
+            if finished:
+                self.export(self.work_dir / "transformer.safetensors")
+        log.info("%s at step %d of %d", "finished" if finished else "stopped", self.step, self.total_steps)
+        return finished or not self.stop.signalled
+
+    def _start_records(self) -> Tracker:
+        main = self.accelerator.is_main_process
+        if main:
+            remove_leftovers(self.work_dir / "checkpoints")
+        self._write(lambda: dump_config(self.config, self.work_dir / "config.yaml"))
+        return Tracker(self.config, self.step, active=main)
 
     def train_step(self, parts: list[Batch]) -> StepStats:
-        """One optimizer step on a global batch, of which `parts` are this process's shares."""
-        losses = []
+        """One optimizer step on a global batch, of which `parts` are this process's shares.
+
+        Where the loss or the gradient is not finite, no weight changes.
+
+        Raises:
+            FloatingPointError: it was not finite in more than `train.nonfinite_limit` steps in a row.
+        """
+        losses, seen = [], []
+        lr = self.schedule.set(self.step)
         for batch in parts:
             with self.accelerator.accumulate(self.model):
                 latents, text = self.encode(batch)
@@ -169,38 +172,50 @@ class Trainer:
                     prediction = self.model(
                         x_t, flow.network_time(t).to(self.device), text.embeds, text.mask, drop_caption=drop
                     )
-                loss = flow.loss(prediction, flow.velocity_target(latents, noise))
+                target = flow.velocity_target(latents, noise)
+                loss = flow.loss(prediction, target)
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients:  # the last part: the gradient is whole
-                    norm = self.accelerator.clip_grad_norm_(
-                        self.model.parameters(), self.config.train.gradient_clip
-                    )
-                    # With a scaler (fp16), infinite gradients are how it finds its scale: it skips those steps itself.
-                    if self.accelerator.scaler is None and not norm.isfinite():
-                        raise FloatingPointError(
-                            f"gradient norm {norm.item()} at step {self.step}: the step was not taken; "
-                            "resume with a lower learning rate"
-                        )
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                losses.append(loss.detach())
-        self.schedule.step()
+            losses.append(loss.detach())
+            each = flow.loss(prediction.detach(), target, per_sample=True)
+            seen.append(Seen(batch, t, drop, each, self._flops(latents, text)))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.gradient_clip)
+        stats = self._agree(torch.stack(losses).mean(), gathered(norm), lr, seen)
+        if (
+            stats.finite or self.accelerator.scaler is not None
+        ):  # fp16's scaler leaves such steps out by itself
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if stats.finite and not self.optimizer.step_was_skipped:
+            if self.ema is not None:
+                self.ema.update(self.transformer)
+            self.skipped.none()
+        else:
+            self.skipped.add(self.step, stats, seen)
         self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.accelerator.unwrap_model(self.model))
-        loss = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step}: resume with a lower learning rate"
-            )
-        return StepStats(loss=loss.item(), grad_norm=float(norm))
+        return stats
+
+    def _agree(self, loss: Tensor, norm: Tensor, lr: float, seen: list[Seen]) -> StepStats:
+        """What all processes say together: the mean loss, and whether any was asked to stop."""
+        mine = torch.stack([loss.float(), loss.new_tensor(float(self.stop.wanted))])
+        mean, stopping = self.accelerator.reduce(mine, reduction="mean").tolist()
+        return StepStats(loss=mean, grad_norm=norm.item(), lr=lr, stopping=stopping > 0, seen=seen)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, TextFeatures]:
         """Scaled latents (B, C, h, w) and text features of a batch, on the device."""
-        pixels = batch.pixels.to(self.device)
-        latents = pixels if self.pixels_are_latents else self.autoencoder.encode(pixels).float()
-        return latents, self.text_encoder.encode(batch.captions).trimmed()
+        latents = (
+            batch.pixels.to(self.device) if self.pixels_are_latents else self.encode_images(batch.pixels)
+        )
+        text = self.text_encoder.encode(batch.captions)
+        return (
+            latents,
+            text if self.config.train.compile else text.trimmed(),
+        )  # compiled for one length of text
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/32, W/32), on the device."""
+        return self.autoencoder.encode(pixels.to(self.device)).float()
 
     def _draws(self, batch: Batch, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Time (B,), noise like `latents` and caption dropout (B,) bool, each sample's from (seed, epoch, sample)."""
@@ -216,7 +231,13 @@ class Trainer:
             drops.append(torch.rand(1, generator=draw) < self.config.model.class_dropout_prob)
         return torch.cat(times), torch.stack(noises).to(self.device), torch.cat(drops).to(self.device)
 
-    def _batches(self):  # noqa: ANN202 an iterator of Batch
+    def _flops(self, latents: Tensor, text: TextFeatures) -> float:
+        """Operations of a step on these: the backward pass is two forward passes; recomputation does not count."""
+        patches = latents[0, 0].numel() // self.transformer.config.patch_size**2
+        forward = forward_flops(self.transformer.config, patches, text.embeds.shape[1])
+        return 3 * len(latents) * forward
+
+    def _batches(self) -> Iterator[Batch]:
         train, pixels = self.config.train, None
         if self.pixels_are_latents:
             folder = Path(train.feature_cache_dir)
@@ -234,16 +255,15 @@ class Trainer:
             pixels=pixels,
         )
 
-    def _log(self, recent: deque[tuple[StepStats, float]]) -> None:
-        seconds = sum(taken for _, taken in recent) / len(recent)
-        loss = sum(stats.loss for stats, _ in recent) / len(recent)
-        norm = sum(stats.grad_norm for stats, _ in recent) / len(recent)
-        epoch = self.step // self.order.steps_per_epoch + 1
-        eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total_steps - self.step)))
-        log.info(
-            "epoch %d  step %d / %d  loss %.4f  grad_norm %.3f  lr %.2e  %.0f images/s  eta %s",
-            epoch, self.step, self.total_steps, loss, norm, self.schedule.get_last_lr()[0], self.batch_size / seconds, eta,
-        )  # fmt: skip
+    def _data_facts(self) -> dict[str, Any]:
+        """What the order of the samples depends on."""
+        order = self.order
+        return {
+            "samples": self.samples.name,
+            "num_samples": order.num_samples,
+            "batch_size": order.batch_size,
+            "seed": order.seed,
+        }
 
     def _is_time_to_save(self) -> bool:
         train, per_epoch = self.config.train, self.order.steps_per_epoch
@@ -251,46 +271,54 @@ class Trainer:
         ends_epoch = self.step % per_epoch == 0 and (self.step // per_epoch) % train.save_model_epochs == 0
         return last or ends_epoch or self.step % train.save_model_steps == 0
 
-    def _validate(self, writer: SummaryWriter | None) -> None:
-        if self.accelerator.is_main_process:
-            self.validation.draw(self._best(), self.step, writer)
-        self.accelerator.wait_for_everyone()
+    def _validate(self, tracker: Tracker) -> None:
+        """The held-out loss, and pictures for the prompts; neither can end the training."""
+        self.watchdog.beat()
+        if self.held_out_loss is not None:
+            values = self.held_out_loss(self._best())
+            tracker.scalars(values, self.step)
+            log.info("step %d  held-out loss %.4f", self.step, values["heldout_loss"])
+        if self.validation is not None:
+            # A sharded network computes in all processes or in none.
+            if self.accelerator.is_main_process or self.config.train.use_fsdp:
+                self.validation.draw(self._best(), self.step, tracker)
+            self.accelerator.wait_for_everyone()
+        self.watchdog.beat()
 
     def _best(self) -> nn.Module:
         """The weights that a user would take: the average where there is one."""
-        return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.model
+        return self.transformer if self.ema is None else self.ema.model
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        if self.accelerator.is_main_process:
-            state = {
-                "state_dict": self.accelerator.unwrap_model(self.model).state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.schedule.state_dict(),
-                "epoch": self.step // self.order.steps_per_epoch + 1,
-                "step": self.step,
-            }
-            if self.ema is not None:
-                state |= {"state_dict_ema": self.ema.model.state_dict(), "ema_updates": self.ema.updates}
-            save_checkpoint(self.work_dir / "checkpoints", state, state["epoch"], self.step)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint, unless this step has one. On a full disk it waits for room."""
+        if self.step == self.saved_step:
+            return
+        self.watchdog.beat()
+        folder, keep = self.work_dir / "checkpoints", self.config.train.keep_checkpoints
+        state = training_state(
+            transformer=self.transformer,
+            ema=self.ema,
+            optimizer=self.optimizer.optimizer,
+            schedule_start=self.schedule.start,
+            accelerator=self.accelerator,
+            step=self.step,
+            epoch=self.step // self.order.steps_per_epoch + 1,
+            data=self._data_facts(),
+        )
+
+        def write() -> None:
+            write_checkpoint(folder, state, self.config)
+            if keep is not None:
+                retain(folder, keep)
+
+        if self._write(write):
+            self.saved_step = self.step
 
     def export(self, path: Path) -> None:
         """Write the best weights alone, as float16 safetensors with the architecture in the metadata."""
-        save_transformer(self._best().state_dict(), path, dtype=torch.float16, name=self.config.model.model)
+        state, name = whole_state(self._best()), self.config.model.model
+        self._write(lambda: save_transformer(state, path, dtype=torch.float16, name=name))
 
-
-def _accelerator(config: SanaConfig) -> Accelerator:
-    precision = {"fp16": "fp16", "bf16": "bf16", "fp32": "no"}[config.model.mixed_precision]
-    if precision == "fp16" and not torch.cuda.is_available():
-        log.warning("model.mixed_precision fp16 needs a GPU: training in bf16 instead")
-        precision = "bf16"
-    try:
-        return Accelerator(
-            cpu=not torch.cuda.is_available(),  # else processes without a GPU would not join each other
-            mixed_precision=precision,
-            gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-            step_scheduler_with_optimizer=False,
-        )
-    except ValueError as error:
-        raise ConfigError(f"model.mixed_precision: {error}") from error
+    def _write(self, write: Callable[[], object]) -> bool:
+        """Have the main process write; whether it could, before the run was asked to stop."""
+        return patiently(write, self.accelerator, self.stop, self.watchdog, self.RETRY_SECONDS)

@@ -1,0 +1,137 @@
+"""Between the live parts of a run and its checkpoints: what a run starts from, and what it saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+
+from sana.config import SanaConfig
+from sana.models.state_dict import load_into, load_transformer_state
+from sana.training.checkpoint import TrainingState, find_checkpoint, read_checkpoint
+from sana.training.ema import EMA
+from sana.training.optim import optimizer_state, restore_optimizer
+from sana.training.parallel import whole_state
+from sana.training.rng import rng_state, set_rng_state
+from sana.utils import hub
+from sana.utils.logging import get_logger
+
+log = get_logger(__name__)
+
+
+class Resume:
+    """What a run starts from: a training checkpoint, else the weights of `model.load_from`, else nothing.
+
+    Args:
+        config: its `model.resume_from`, `model.load_from` and `train`.
+        name: a checkpoint's path, or "latest"; wins over the config's.
+        accelerator: the main process chooses the checkpoint for all; they must see the same folder.
+
+    Raises:
+        ValueError: the checkpoint is not there, or not whole.
+    """
+
+    def __init__(self, config: SanaConfig, name: str | None, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.path = self._choose(name or config.model.resume_from.checkpoint)
+        self.state = read_checkpoint(self.path) if self.path else None
+        self.step = self.state.step if self.state else 0
+        self.schedule_start = 0
+        resume = config.model.resume_from
+        if self.state is not None:
+            keep = resume.resume_lr_scheduler and config.train.resume_lr_scheduler
+            self.schedule_start = self.state.schedule_start if keep else self.step
+            self._optimizer = self.state.optimizer if resume.resume_optimizer else {}
+        else:
+            self._optimizer = self._of_the_stage_before()
+
+    def _choose(self, name: str | None) -> Path | None:
+        found: list[Any] = [None, None]
+        if name and self.accelerator.is_main_process:
+            try:
+                found[0] = find_checkpoint(name, Path(self.config.work_dir) / "checkpoints")
+            except ValueError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1]:
+            raise ValueError(found[1])
+        return found[0]
+
+    def _of_the_stage_before(self) -> dict[str, dict[str, Any]]:
+        """Optimizer state, and position of the schedule, of the training checkpoint in `model.load_from`, if wanted."""
+        train, source = self.config.train, self.config.model.load_from
+        if not source or not (train.load_from_optimizer or train.load_from_lr_scheduler):
+            return {}
+        before = read_checkpoint(hub.resolve(source))
+        if train.load_from_lr_scheduler:
+            self.schedule_start = before.schedule_start - before.step
+        return before.optimizer if train.load_from_optimizer else {}
+
+    def weights(self, transformer: nn.Module) -> bool:
+        """Load the weights, strictly; returns whether there were any."""
+        if self.state is not None:
+            load_into(transformer, self.state.weights)
+            log.info("resumed at step %d from %s", self.step, self.path)
+        elif self.config.model.load_from:
+            load_into(transformer, load_transformer_state(self.config.model.load_from))
+            log.info("starting from the weights in %s", self.config.model.load_from)
+        else:
+            return False
+        return True
+
+    def average(self, ema: EMA | None) -> None:
+        """Load the average, where the checkpoint has one."""
+        if ema is not None and self.state is not None and self.state.ema is not None:
+            ema.restore(self.state.ema, self.state.ema_updates)
+
+    def optimizer(self, transformer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Load the optimizer's state and the gradient scaler's."""
+        restore_optimizer(transformer, optimizer, self._optimizer, self.config.train.optimizer["type"])
+        if self.state is not None and self.state.scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.state.scaler)
+
+    def generators(self, data: dict[str, Any]) -> None:
+        """Put this rank's random generators where they were; say so if `data` is not what the checkpoint's run saw."""
+        rank = self.accelerator.process_index
+        if self.state is None:
+            return
+        if rank < len(self.state.rng):
+            set_rng_state(self.state.rng[rank])
+        changed = [
+            f"{key} {self.state.data[key]} -> {data[key]}"
+            for key in data
+            if key in self.state.data and self.state.data[key] != data[key]
+        ]
+        if changed:
+            log.warning("another order of samples from step %d on: %s", self.step, ", ".join(changed))
+
+
+def training_state(
+    *,
+    transformer: nn.Module,
+    ema: EMA | None,
+    optimizer: torch.optim.Optimizer,
+    schedule_start: int,
+    accelerator: Accelerator,
+    step: int,
+    epoch: int,
+    data: dict[str, Any],
+) -> TrainingState:
+    """Everything that a run needs to go on; every process must call it."""
+    scaler = accelerator.scaler
+    return TrainingState(
+        step=step,
+        epoch=epoch,
+        weights=whole_state(transformer),
+        ema=whole_state(ema.model) if ema is not None else None,
+        ema_updates=ema.updates if ema is not None else 0,
+        optimizer=optimizer_state(transformer, optimizer),
+        schedule_start=schedule_start,
+        scaler=scaler.state_dict() if scaler is not None else {},
+        rng=gather_object([rng_state()]),
+        data=data,
+    )
