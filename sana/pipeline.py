@@ -21,7 +21,7 @@ from sana.models import lora
 from sana.models.autoencoder import Autoencoder
 from sana.models.sprint import TrigFlow
 from sana.models.state_dict import resolve_transformer
-from sana.models.text_encoder import NULL_MASKS, TextEncoder, TextFeatures, unconditional_mask
+from sana.models.text_encoder import NULL_MASKS, TextEncoder, TextFeatures, trim_together, unconditional_mask
 from sana.models.transformer import SanaTransformer
 from sana.resolution import TABLES, Table, nearest_bucket, parse_prompt_size
 from sana.utils import hub, images, seeding
@@ -285,11 +285,13 @@ class SanaPipeline:
         text = self.text_encoder.encode(prompts)
         if sampler == "scm":  # guidance is an input of the network, so there is no unconditional branch
             _require_plain_guidance(guidance, negatives)
+            text = text.trimmed()
             network = TrigFlow(self.transformer, text.embeds, text.mask, guidance=guidance.scale)
             latents = scm(network, noise, scm_schedule(steps), noise_like, callback=callback)
         else:
             null = self.text_encoder.encode_unconditional(negatives)
             null = TextFeatures(null.embeds, unconditional_mask(text.mask, null.mask, null_mask))
+            text, null = trim_together(text, null)  # no work on padding
             velocity = guided(self.transformer, text, null, guidance)
             schedule, solver = SOLVERS[sampler]
             latents = solver(velocity, noise, schedule(steps, shift=self.flow_shift), callback=callback)

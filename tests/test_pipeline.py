@@ -188,9 +188,11 @@ def test_negative_prompts_are_seen_through_the_prompts_mask_or_their_own(pipelin
     first = draw(prompts, negative_prompt=negatives)
     second = draw(prompts, negative_prompt=negatives, null_mask="own")
     for (text, null, _), expected in zip(text_seen, (text_seen[0][0].mask, own.mask), strict=True):
-        assert torch.equal(null.mask, expected)
-        assert not torch.equal(own.mask, text.mask)
-        assert_close("null features", null.embeds, own.embeds, rel_rms=BATCH_TOLERANCE)
+        width = null.mask.shape[1]
+        assert width == max(int(text.mask.sum(1).max()), int(null.mask.sum(1).max())), "work on padding"
+        assert torch.equal(null.mask, expected[:, :width])
+        assert not torch.equal(own.mask[:, :width], text.mask)
+        assert_close("null features", null.embeds, own.embeds[:, :width], rel_rms=BATCH_TOLERANCE)
     assert ((first - second).flatten(1).std(1) > 1e-3).all()
 
 
@@ -479,10 +481,11 @@ def test_prompts_can_be_lower_cased(config_path, pipeline):
 
 
 def test_equal_prompts_are_encoded_once(pipeline, draw):
+    draw("the instruction and the empty prompt are kept from here on")
     rows = []
     hook = pipeline.text_encoder.model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     with hook:
         draw(["a red circle", "a blue star", "a red circle"], num_images_per_prompt=2)
-    assert rows == [2, 1]  # two prompts, one empty negative prompt
+    assert rows == [2]

@@ -6,18 +6,22 @@ of the prompt's tokens, and those condition the transformer. Sana, arXiv 2410.10
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sana.utils import hub
+
+T = TypeVar("T")
 
 HUB_NAMES = {
     "gemma-2b": "google/gemma-2b",
@@ -74,8 +78,30 @@ def unconditional_mask(text_mask: Tensor, null_mask: Tensor, convention: str = "
     return text_mask if convention == "prompt" else null_mask
 
 
+def trim_together(text: TextFeatures, null: TextFeatures) -> tuple[TextFeatures, TextFeatures]:
+    """Both without the columns that are padding in every row of either: their masks as they are, less work."""
+    both = TextFeatures(torch.cat([text.embeds, null.embeds]), torch.cat([text.mask, null.mask])).trimmed()
+    rows = (len(text.embeds), len(null.embeds))
+    return tuple(map(TextFeatures, both.embeds.split(rows), both.mask.split(rows)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Instruction:
+    """What every prompt is encoded behind: the instruction without its last token, which may merge with the prompt."""
+
+    ids: Tensor
+    """(P,)."""
+    cache: DynamicCache
+    """Its keys and values in every layer, batch 1."""
+    first: Tensor
+    """(1, 1, C): the hidden state of its token 0."""
+
+
 class TextEncoder(nn.Module):
     """Prompts to `TextFeatures` of exactly `max_length` tokens.
+
+    The instruction is run once and its keys and values kept, and so is the empty prompt, as long as the model stays
+    on its device and in its dtype: its weights must not change.
 
     Args:
         model: the decoder without its language-model head; its first output is the hidden state after the
@@ -103,6 +129,8 @@ class TextEncoder(nn.Module):
         self.model, self.tokenizer, self.max_length, self.lowercase = model, tokenizer, max_length, lowercase
         self.tokenizer.padding_side = "right"
         self.chi = "\n".join(chi_prompt)
+        self._kept: dict[str, Any] = {}  # by what `_keep` is asked for
+        self._kept_for: tuple[torch.device, torch.dtype] | None = None
 
     @classmethod
     def from_pretrained(
@@ -172,12 +200,16 @@ class TextEncoder(nn.Module):
         (before a digit, an emoji, a newline, most Chinese or Japanese, or the empty prompt), the window
         begins with the lone space, as it did in training. Tokens beyond the window are cut off.
         """
-        if not self.chi:
-            return self._forward(prompts, "", self.max_length, trim=True)
-        length = len(self.tokenizer.encode(self.chi)) + self.max_length - 2
-        features = self._forward(prompts, self.chi, length, trim=True)
-        window = [0, *range(length - self.max_length + 1, length)]
-        return TextFeatures(features.embeds[:, window], features.mask[:, window])
+        length, start = self.max_length, 1
+        if self.chi:
+            start = len(self.tokenizer.encode(self.chi)) - 1
+            length += start - 1
+        ids, mask, each = self._tokenize([self.chi + self._cleaned(prompt) for prompt in prompts], length)
+        # Padding lies to the right of a causal model's text: no valid state changes if it is not computed.
+        width = max(1, int(mask.sum(dim=1).max()))
+        hidden = self._hidden(ids[:, :width], mask[:, :width], start)
+        hidden = F.pad(hidden, (0, 0, 0, self.max_length - hidden.shape[1]))
+        return TextFeatures(hidden[each], torch.cat([mask[:, :1], mask[:, start:]], dim=1)[each])
 
     @torch.no_grad()
     def encode_unconditional(self, prompts: Sequence[str]) -> TextFeatures:
@@ -185,15 +217,21 @@ class TextEncoder(nn.Module):
 
         They matter: see `unconditional_mask`.
         """
-        return self._forward(prompts, "", self.max_length, trim=False)
+        if any(prompts):
+            return self._encode_padding(prompts)
+        null = self._keep("null", lambda: self._encode_padding([""]))
+        return TextFeatures(null.embeds.repeat(len(prompts), 1, 1), null.mask.repeat(len(prompts), 1))
 
-    def _forward(self, prompts: Sequence[str], prefix: str, length: int, *, trim: bool) -> TextFeatures:
-        """Hidden states of prefix + prompt, padded or truncated to `length` tokens; computed once if equal.
+    def _encode_padding(self, prompts: Sequence[str]) -> TextFeatures:
+        ids, mask, each = self._tokenize([self._cleaned(prompt) for prompt in prompts], self.max_length)
+        hidden = self.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        return TextFeatures(hidden[each], mask[each])
 
-        With `trim` the columns that are padding in every text are not computed but zero. Padding lies to the
-        right of a causal model's text, so that the valid states do not change.
-        """
-        texts = [prefix + (prompt.lower().strip() if self.lowercase else prompt) for prompt in prompts]
+    def _cleaned(self, prompt: str) -> str:
+        return prompt.lower().strip() if self.lowercase else prompt
+
+    def _tokenize(self, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and mask (distinct texts, `length`), and for each text the row that it has there."""
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         tokens = self.tokenizer(
             list(rows),
@@ -203,11 +241,35 @@ class TextEncoder(nn.Module):
             return_tensors="pt",
             return_attention_mask=True,
         ).to(self.device)
-        ids, mask = tokens.input_ids, tokens.attention_mask
-        width = max(1, int(mask.sum(dim=1).max())) if trim else length
-        hidden = self.model(input_ids=ids[:, :width], attention_mask=mask[:, :width], use_cache=False)[0]
         each = torch.tensor([rows[text] for text in texts], device=self.device)
-        return TextFeatures(F.pad(hidden, (0, 0, 0, length - width))[each], mask[each])
+        return tokens.input_ids, tokens.attention_mask, each
+
+    def _hidden(self, ids: Tensor, mask: Tensor, start: int) -> Tensor:
+        """Hidden states of token 0 and of the tokens from `start` on, (B, 1 + width - start, C)."""
+        instruction = self._keep("instruction", self._run_instruction) if self.chi and start else None
+        if instruction is None or not torch.equal(ids[:, :start], instruction.ids.expand(len(ids), -1)):
+            # No instruction; or it ends in more than one token that merges with a prompt.
+            hidden = self.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            return torch.cat([hidden[:, :1], hidden[:, start:]], dim=1)
+        cache = copy.deepcopy(instruction.cache)  # the model appends to it
+        cache.batch_repeat_interleave(len(ids))
+        hidden = self.model(input_ids=ids[:, start:], attention_mask=mask, past_key_values=cache)[0]
+        return torch.cat([instruction.first.expand(len(ids), -1, -1), hidden], dim=1)
+
+    def _run_instruction(self) -> _Instruction:
+        ids = torch.tensor(self.tokenizer.encode(self.chi)[:-1], device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        hidden = self.model(input_ids=ids[None], past_key_values=cache)[0]
+        return _Instruction(ids, cache, hidden[:, :1])
+
+    def _keep(self, what: str, make: Callable[[], T]) -> T:
+        """The result of `make`, from the last call if the model is where and as it was."""
+        now = (self.model.device, self.model.dtype)
+        if self._kept_for != now:
+            self._kept, self._kept_for = {}, now
+        if what not in self._kept:
+            self._kept[what] = make()
+        return self._kept[what]
 
 
 def _find(name: str) -> tuple[Path, Path]:
