@@ -1,0 +1,54 @@
+"""Models of the transformers library: loaded whole, or refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from sana.utils import hub
+
+if TYPE_CHECKING:
+    import torch
+
+_NOT_LOADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, SafetensorError)
+
+
+def load_pretrained(
+    what: str,
+    name_or_path: str | Path,
+    model_class: type,
+    *others: type,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, ...]:
+    """The model of a transformers folder or hub name, frozen, and what belongs to it. No code of the folder is run.
+
+    Args:
+        what: says in errors what was wanted.
+        model_class: of the model, or an `AutoModelFor...`.
+        others: classes with `from_pretrained`: tokenizer, image processor, ...
+
+    Raises:
+        ValueError: nothing loadable is there, it is a model of another class, or weights are missing.
+    """
+    from transformers import AutoConfig  # lazy: utils is imported where transformers is not
+
+    folder = hub.resolve_model(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        wanted = getattr(model_class, "config_class", None)
+        if wanted is not None and not isinstance(config, wanted):
+            raise ValueError(f"it is a {config.model_type}, not a {wanted.model_type}")
+        beside = [other.from_pretrained(folder) for other in others]
+        model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except _NOT_LOADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load {what} from {str(name_or_path)!r}: {reason}") from error
+    # transformers would go on with random weights.
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{what} in {str(name_or_path)!r} lacks {len(missing)} weights, {missing[0]} among them"
+        )
+    return model.to(device).eval().requires_grad_(False), *beside
