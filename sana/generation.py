@@ -53,6 +53,10 @@ class Settings:
     use_resolution_binning: bool = True
     null_mask: str = "prompt"
     """Which tokens of the negative prompt are seen: `prompt` as in the reference, `own` as in diffusers."""
+    max_timesteps: float | None = None
+    """Sprint's angles, see `SanaPipeline.__call__`; None is the published one."""
+    intermediate_timesteps: float | None = None
+    timesteps: tuple[float, ...] | None = None
     image_format: str = "png"
     """`png`, with prompt, seed and settings as text in the file, or `jpg`."""
     jpeg_quality: int = 95
@@ -79,10 +83,11 @@ class Settings:
         """The same, with every None replaced by what it means for this model."""
         sampler = self.sampler or pipeline.config.scheduler.vis_sampler
         own = pipeline.config.model.image_size
+        usual = len(self.timesteps) - 1 if self.timesteps else SAMPLERS[sampler]
         return replace(
             self,
             sampler=sampler,
-            num_inference_steps=self.num_inference_steps or SAMPLERS[sampler],
+            num_inference_steps=self.num_inference_steps or usual,
             height=own if self.height is None else self.height,
             width=own if self.width is None else self.width,
         )
@@ -292,6 +297,8 @@ def folder_name(pipeline: SanaPipeline, settings: Settings, dataset: str, label:
         f"samp{record['sampler']}_seed{record['seed']}_{record['dtype']}",
         f"flowshift{record['flow_shift']}" if record["flow_shift"] != 1 else "",
         f"intervalguidance{interval[0]}{interval[1]}" if interval != [0, 1] else "",
+        f"maxT{record['max_timesteps']}" if record["max_timesteps"] is not None else "",
+        f"midT{record['intermediate_timesteps']}" if record["intermediate_timesteps"] is not None else "",
         sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8],
     ]
     return "_".join(part for part in parts if part) + label
@@ -355,6 +362,9 @@ def _draw(pipeline: SanaPipeline, batch: Sequence[Task], settings: Settings, bar
         sampler=settings.sampler,
         interval_guidance=settings.interval_guidance,
         null_mask=settings.null_mask,
+        max_timesteps=settings.max_timesteps,
+        intermediate_timesteps=settings.intermediate_timesteps,
+        timesteps=settings.timesteps,
         output_type="pil",
         callback=lambda step, total, x, x0: bar.set_postfix_str(f"step {step}/{total}"),
     )

@@ -6,24 +6,34 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from sana.config import SanaConfig, load_config, transformer_overrides
+from sana.config import SanaConfig, dump_config, load_config, transformer_overrides
+from sana.config.yaml_io import read as read_yaml
 from sana.models.autoencoder import Autoencoder
-from sana.models.checkpoints import AUTOENCODERS, PUBLISHED, PublishedCheckpoint, choose_dtype, find_published
+from sana.models.checkpoints import (
+    AUTOENCODER_DTYPES,
+    PUBLISHED,
+    PublishedCheckpoint,
+    choose_dtype,
+    find_published,
+    float16_era,
+)
 from sana.models.state_dict import (
     NULL_CAPTION,
     State,
     load_into,
     load_transformer_state,
+    read_metadata,
+    require_fit,
     resolve_transformer,
 )
 from sana.models.text_encoder import TextEncoder
-from sana.models.transformer import SanaTransformer
+from sana.models.transformer import SanaTransformer, TransformerConfig
 from sana.models.zoo import TRANSFORMERS, build_transformer, recognise
 from sana.utils import distributed, hub
 from sana.utils.logging import get_logger
@@ -38,7 +48,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 """Names in configs and on the command line -> dtype."""
 
-_FILES = (*hub.WEIGHT_SUFFIXES, ".json")
 # Field of `TransformerConfig` that tensors can tell -> its key in a config.
 _KEYS = {
     "in_channels": "vae.vae_latent_dim",
@@ -76,9 +85,10 @@ def config_for(path: str | Path, overrides: Sequence[str] = ()) -> SanaConfig:
     """The config of a checkpoint that comes without one; its `model.load_from` is `path`.
 
     The first of these that there is: `config.yaml` in a pipeline folder; the one in the metadata of a .safetensors file;
-    the config of the published checkpoint of this name; `config.yaml` in the folder of the weights or one above; what its
-    tensors say, and in a diffusers folder its json files, completed by the published checkpoint most like it (one logged line says what was assumed).
-    The autoencoder and the text encoder of a whole pipeline folder are taken from there.
+    the config of the published checkpoint of this name; `config.yaml` with a `model:` section in the folder of the weights
+    or one above; what its tensors say, and in a diffusers folder its json files, completed by the published checkpoint most
+    like it. One logged line says which, and what was assumed. The autoencoder and the text encoder of a whole pipeline
+    folder are taken from there. From the hub, weights are fetched only where nothing else tells.
 
     Args:
         path: whatever `load_transformer_state` reads.
@@ -87,23 +97,37 @@ def config_for(path: str | Path, overrides: Sequence[str] = ()) -> SanaConfig:
     Raises:
         ValueError: nothing is there, it is no transformer, or the config is wrong.
     """
-    published, weights = find_published(path), resolve_transformer(path)
-    folder = _pipeline_folder(str(path).rstrip("/"), weights)
-    words = [f"--model.load_from={path}", *_own_parts(folder), *overrides]
+    published, address, folder = find_published(path), hub.hub_address(path), hub.pipeline_folder(path)
+    words = [f"--model.load_from={path}", *_own_parts(address, folder), *overrides]
     if folder is not None and (folder / "config.yaml").is_file():
-        return load_config(folder / "config.yaml", words)
-    if embedded := _embedded_config(weights):
+        return _loaded(path, folder / "config.yaml", words)
+    if published is not None and address is not None:  # the file there has no config in it, and can wait
+        return _loaded(path, published.config, [*published.config_overrides, *words])
+    weights = resolve_transformer(path)
+    if embedded := read_metadata(weights).get("config"):
+        logger.info("%s: the config in its metadata", path)
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary, f"config in {weights.name}.yaml")
             file.write_text(embedded, encoding="utf-8")
             return load_config(file, words)
     if published is not None:
-        return load_config(published.config, [*published.config_overrides, *words])
+        return _loaded(path, published.config, [*published.config_overrides, *words])
     beside = [above / "config.yaml" for above in weights.absolute().parents[:2]]
-    if found := next((file for file in beside if file.is_file()), None):
-        return load_config(found, words)
+    if found := next((file for file in beside if _describes_a_model(file)), None):
+        return _loaded(path, found, words)
     base, recognised = _recognised(path, weights, folder)
     return load_config(base, [*recognised, *words])
+
+
+def _loaded(path: str | Path, config: str | Path, words: Sequence[str]) -> SanaConfig:
+    """`load_config`, and a line that says what was taken for `path`."""
+    logger.info("%s: config %s", path, config)
+    return load_config(config, words)
+
+
+def _describes_a_model(file: Path) -> bool:
+    """Whether a file that may be of any program has what a config of a model has."""
+    return file.is_file() and not {"model", "base"}.isdisjoint(read_yaml(file))
 
 
 def load_transformer(
@@ -115,21 +139,21 @@ def load_transformer(
         dtype: None takes the config's `model.mixed_precision`, on a CPU float32, or what the weights need instead of it.
 
     Raises:
-        ValueError: as `load_transformer_state` and `load_into`; or the weights were not made for `dtype`.
+        ValueError: as `load_transformer_state` and `require_fit`; or the weights were not made for `dtype`.
     """
-    published = find_published(path)
     wanted = dtype or (torch.float32 if device.type == "cpu" else DTYPES[config.model.mixed_precision])
-    if published is not None:  # before the download: a dtype that is refused should not cost one
-        wanted = choose_dtype(published.dtypes, wanted, explicit=dtype is not None, device=device)
+    # Before the download: a dtype that is refused should not cost one.
+    wanted, clamp = _precision(config, path, wanted, explicit=dtype is not None, device=device)
     state = dict(load_transformer_state(path))
-    overrides = transformer_overrides(config)
-    if published is not None:
-        overrides["clamp_attention"] = published.clamp
+    overrides = transformer_overrides(config) | {"clamp_attention": clamp}
     if wanted == torch.float16:
         overrides["clamp_attention"] = True  # the alternative is infinity
     if wanted == torch.bfloat16:
         overrides["fp32_attention"] = False  # bfloat16 has float32's range: only float16 sums overflow
-    model = _without_memory(config, **overrides).to(wanted).to_empty(device=device)
+    model = _without_memory(config, **overrides).to(wanted)
+    require_fit(model.state_dict(), state, file=path, model=f"the {config.model.model} of the config")
+    _warn_of_two_eras(config, path, state)
+    model = model.to_empty(device=device)
     own = model.state_dict()
     assert own.keys() >= {name for name, _ in model.named_buffers()}, "a buffer that no checkpoint fills"
     if NULL_CAPTION in own and NULL_CAPTION not in state:  # only training reads it, and sets it before
@@ -138,18 +162,116 @@ def load_transformer(
     return model.eval().requires_grad_(False)
 
 
+def known_checkpoint(path: str | Path) -> PublishedCheckpoint | None:
+    """The published checkpoint that weights are, by their name or by what our converter wrote into them; else None.
+
+    Raises:
+        ValueError: as `resolve_transformer`.
+    """
+    if published := find_published(path):
+        return published
+    folder = hub.pipeline_folder(path) if hub.hub_address(path) else None
+    file = resolve_transformer(path) if folder is None else folder / hub.SIDE_FILE
+    return PUBLISHED.get(read_metadata(file).get("published")) if file.is_file() else None
+
+
+def _precision(
+    config: SanaConfig, path: str | Path, wanted: torch.dtype, *, explicit: bool, device: torch.device
+) -> tuple[torch.dtype, bool]:
+    """(dtype that weights run in, whether their attention is clipped); errors as in `choose_dtype`.
+
+    Where nothing says which published checkpoint they are, a config of the float16 era is taken at its word.
+    """
+    known = known_checkpoint(path)
+    what = f"these weights ({known.name})" if known else ""
+    half = config.model.mixed_precision == "fp16"
+    if known is None and half:
+        known = float16_era(config.model.model, qk_norm=config.model.qk_norm)
+        what = "weights whose config has model.mixed_precision fp16"
+    if known is None:
+        return wanted, half
+    return choose_dtype(known.dtypes, wanted, explicit=explicit, device=device, what=what), known.clamp
+
+
+def _warn_of_two_eras(config: SanaConfig, path: str | Path, state: State) -> None:
+    """Published weights under a name of their own may be those that need float16's clipping; only the user knows.
+
+    Weights that were trained here have no `pos_embed`.
+    """
+    older = float16_era(config.model.model, qk_norm=config.model.qk_norm)
+    if "pos_embed" not in state or older is None or config.model.mixed_precision == "fp16":
+        return
+    if not config.model.use_pe and known_checkpoint(path) is None:
+        logger.warning(
+            "%s: of no published name, so taken for %s weights as the config says; if they are a renamed %s, which was made "
+            "for fp16, pictures will be wrong: give --model.mixed_precision=fp16",
+            *(path, config.model.mixed_precision, older.name),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A transformer's weights with all that has to go with them into another file."""
+
+    config: SanaConfig
+    """Of the model; its `model.load_from` is empty, and its `model.mixed_precision` what the weights were made for."""
+    network: TransformerConfig
+    state: State
+    """Under the published names, as stored or in the dtype that was asked for."""
+    published: str | None
+    """Key in `PUBLISHED`, where it is one of them."""
+
+    @property
+    def config_text(self) -> str:
+        """The complete config as YAML."""
+        with tempfile.TemporaryDirectory() as folder:
+            dump_config(self.config, Path(folder, "config.yaml"))
+            return Path(folder, "config.yaml").read_text(encoding="utf-8")
+
+
+def read_checkpoint(
+    config: SanaConfig, path: str | Path, *, dtype: torch.dtype | None = None, ema: bool = False
+) -> Checkpoint:
+    """The weights in `path`, of a model with this config.
+
+    Args:
+        dtype: what they are converted to; None leaves them as they are.
+        ema: take the averaged weights of a training checkpoint.
+
+    Raises:
+        ValueError: as `load_transformer_state` and `require_fit`; or the weights do not stand `dtype`.
+    """
+    known = known_checkpoint(path)
+    if dtype is not None:
+        _precision(config, path, dtype, explicit=True, device=torch.device("cpu"))
+    state = load_transformer_state(path, ema=ema)
+    network = empty_transformer(config)
+    require_fit(network.state_dict(), state, file=path, model=f"the {config.model.model} of the config")
+    if dtype is not None:
+        state = {key: value.to(dtype) for key, value in state.items()}
+        if bad := [key for key, value in state.items() if not value.isfinite().all()]:
+            raise ValueError(
+                f"{bad[0]} is not finite in {str(dtype).removeprefix('torch.')}: choose another --dtype"
+            )
+    model = replace(config.model, load_from=None)  # the weights come with it
+    if known is not None:  # the name that told the precision is lost: the config says it from now on
+        precision = next(name for name, kind in DTYPES.items() if kind == known.dtypes[0])
+        model = replace(model, mixed_precision=precision)
+    config = replace(config, model=model)
+    network = replace(network.config, clamp_attention=transformer_overrides(config)["clamp_attention"])
+    return Checkpoint(config=config, network=network, state=state, published=known and known.name)
+
+
 def empty_transformer(config: SanaConfig) -> SanaTransformer:
     """The transformer of a config on the meta device: its parameters have shapes, and no memory."""
     return _without_memory(config, **transformer_overrides(config)).eval().requires_grad_(False)
 
 
 def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
-    """The autoencoder of a config in its `vae.weight_dtype`, corrected where the weights need another; on a CPU float32."""
+    """The autoencoder of a config in its `vae.weight_dtype`, float32 in place of float16; on a CPU float32."""
     name = config.vae.vae_pretrained
     dtype = torch.float32 if device.type == "cpu" else DTYPES[config.vae.weight_dtype]
-    if name.removeprefix("hf://") in AUTOENCODERS:
-        (allowed,) = {entry.autoencoder_dtypes for entry in PUBLISHED.values()}
-        dtype = choose_dtype(allowed, dtype, explicit=False, device=device)
+    dtype = choose_dtype(AUTOENCODER_DTYPES, dtype, explicit=False, device=device, what=f"autoencoder {name}")
     return Autoencoder.from_pretrained(name, dtype=dtype, device=device)
 
 
@@ -202,48 +324,25 @@ def _without_memory(config: SanaConfig, **overrides: Any) -> SanaTransformer:
         return build_transformer(config.model.model, **overrides)
 
 
-def _pipeline_folder(name: str, weights: Path) -> Path | None:
-    """The folder of a whole diffusers pipeline, if `name` is one and not a part of it; all parts fetched."""
-    if (
-        weights.parent.name != "transformer"
-        or Path(name).name == "transformer"
-        or Path(name).suffix in _FILES
-    ):
-        return None
-    folder = weights.parent.parent
-    if name.startswith("hf://") or not (Path(name).expanduser().is_dir() or (hub.ROOT / name).is_dir()):
-        address = f"hf://{name.removeprefix('hf://')}"
-        for part, kind in _json(hub.resolve(f"{address}/model_index.json")).items():
-            if part != "transformer" and isinstance(kind, list) and kind[0] is not None:
-                hub.resolve(f"{address}/{part}")
-    return folder
-
-
-def _own_parts(folder: Path | None) -> list[str]:
-    """Overrides that name the autoencoder and the text encoder of a pipeline folder."""
+def _own_parts(address: str | None, folder: Path | None) -> list[str]:
+    """Overrides that name the autoencoder and the text encoder of a pipeline, on the hub (`address`) or in `folder`."""
     if folder is None:
         return []
-    words = [f"--vae.vae_pretrained={folder / 'vae'}"] if (folder / "vae").is_dir() else []
-    if (folder / "text_encoder").is_dir():
-        words.append(f"--text_encoder.text_encoder_name={folder}")
-    return words
-
-
-def _embedded_config(file: Path) -> str | None:
-    """The YAML text in a .safetensors file's metadata, None if there is none."""
-    if file.suffix != ".safetensors":
-        return None
-    try:
-        with safe_open(file, "pt") as content:
-            return (content.metadata() or {}).get("config")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: truncated or corrupt: {error}") from error
+    if address is not None:  # nothing is fetched for it here
+        parts = _json(folder / "model_index.json")
+    else:
+        parts = [part for part in ("vae", "text_encoder") if (folder / part).is_dir()]
+    keys = {"vae": "vae.vae_pretrained", "text_encoder": "text_encoder.text_encoder_name"}
+    return [f"--{key}={address or folder}/{part}" for part, key in keys.items() if part in parts]
 
 
 def _recognised(path: str | Path, weights: Path, folder: Path | None) -> tuple[str, list[str]]:
     """(base config, overrides) of a checkpoint from its tensors and, in a diffusers folder, its json files."""
     state = load_transformer_state(path)
-    name, overrides = recognise(state)
+    try:
+        name, overrides = recognise(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     shape = _shape(name, overrides)
     network = _json(weights.parent / "config.json")
     side = _image_side(state, network, TRANSFORMERS[name].patch_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sana import loading
 from sana.config import SanaConfig, load_config
 from sana.diffusion.guidance import Guidance, guided
-from sana.diffusion.scm import FreshNoise, scm, scm_schedule
+from sana.diffusion.scm import MAX_TIME, FreshNoise, scm, scm_schedule
 from sana.diffusion.solvers import DEFAULT_STEPS, SOLVERS, Callback
 from sana.loading import DEFAULT_CONFIG
 from sana.loading import DTYPES as DTYPES  # the names of dtypes, for callers
@@ -233,6 +233,9 @@ class SanaPipeline:
         sampler: str | None = None,
         interval_guidance: tuple[float, float] = (0.0, 1.0),
         null_mask: str = "prompt",
+        max_timesteps: float | None = None,
+        intermediate_timesteps: float | None = None,
+        timesteps: Sequence[float] | None = None,
         output_type: str = "tensor",
         callback: Callback | None = None,
     ) -> Tensor | list[Image]:
@@ -258,6 +261,9 @@ class SanaPipeline:
             interval_guidance: (lo, hi); classifier-free guidance acts for lo < t < hi only.
             null_mask: the tokens of the negative or empty prompt that the network attends to: "prompt", as many as the
                 prompt has, as in training and in the reference; "own", its own, as diffusers does.
+            max_timesteps, intermediate_timesteps: angles of scm, as in `sana.diffusion.scm.scm_schedule`: the first, and the
+                second of two steps. None: 1.5708 and 1.3.
+            timesteps: or all of its angles, the last of them 0: one more than steps.
             output_type: "tensor", "pil", or "latent" for what the autoencoder would decode, at the size drawn.
             callback: called after every step as callback(step, total, x, x0), see `sana.diffusion.solvers.Callback`. An
                 exception that it raises ends the call and leaves nothing behind.
@@ -271,6 +277,12 @@ class SanaPipeline:
         """
         sampler = sampler or self.config.scheduler.vis_sampler
         self._check(sampler, output_type, null_mask, num_images_per_prompt)
+        angles = (max_timesteps, intermediate_timesteps, timesteps)
+        if sampler != "scm" and angles != (None, None, None):
+            raise ValueError(
+                f"max_timesteps, intermediate_timesteps and timesteps belong to sampler scm, not {sampler}"
+            )
+        times = _scm_times(num_inference_steps, *angles) if sampler == "scm" else None
         steps = SAMPLERS[sampler] if num_inference_steps is None else num_inference_steps
         prompts, asked = self._read_sizes(prompt, height, width)
         size, drawn_size = self.sizes(*asked, use_resolution_binning)
@@ -287,7 +299,7 @@ class SanaPipeline:
             _require_plain_guidance(guidance, negatives)
             text = text.trimmed()
             network = TrigFlow(self.transformer, text.embeds, text.mask, guidance=guidance.scale)
-            latents = scm(network, noise, scm_schedule(steps), noise_like, callback=callback)
+            latents = scm(network, noise, times, noise_like, callback=callback)
         else:
             null = self.text_encoder.encode_unconditional(negatives)
             null = TextFeatures(null.embeds, unconditional_mask(text.mask, null.mask, null_mask))
@@ -426,6 +438,21 @@ def _image_seeds(seed: int | Sequence[int] | None, count: int, copies: int) -> l
     if len(seed) != count:
         raise ValueError(f"{len(seed)} seeds for {count} images: give one for each, or a single number")
     return list(seed)
+
+
+def _scm_times(
+    steps: int | None, first: float | None, second: float | None, times: Sequence[float] | None
+) -> Tensor:
+    """The angles of the sampler scm; arguments and error as in `SanaPipeline.__call__`."""
+    if times is None:
+        steps = SAMPLERS["scm"] if steps is None else steps
+        return scm_schedule(steps, MAX_TIME if first is None else first, second)
+    if (first, second) != (None, None) or steps not in (None, len(times) - 1):
+        raise ValueError(
+            f"timesteps are all {len(times)} angles of {len(times) - 1} steps: leave out num_inference_steps, "
+            "max_timesteps and intermediate_timesteps"
+        )
+    return torch.tensor(times, dtype=torch.float64)
 
 
 def _require_plain_guidance(guidance: Guidance, negatives: Sequence[str]) -> None:

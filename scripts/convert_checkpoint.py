@@ -11,17 +11,13 @@ folder of a DC-AE, also one with the names of its authors, becomes a folder of d
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from sana.utils.cli import Parser, at_least, boolean
 
 if TYPE_CHECKING:
     import torch
-
-    from sana.config import SanaConfig
 
 # The published converter's names of the samplers.
 SCHEDULERS = {"flow-dpm_solver": "flow_dpm-solver", "flow-euler": "flow_euler"}
@@ -81,13 +77,10 @@ def convert_transformer(
     source: str, target: Path, dtype: torch.dtype | None, args: Namespace, overrides: list[str]
 ) -> None:
     """Read the weights and their config, and write both."""
-    from sana.loading import DTYPES, empty_transformer, find_config
+    from sana.loading import find_config, read_checkpoint
     from sana.models import diffusers_folder
     from sana.models.autoencoder import Autoencoder
-    from sana.models.checkpoints import choose_dtype, find_published
-    from sana.models.key_names import misfits
     from sana.models.single_file import SUFFIXES, write_single_file
-    from sana.models.state_dict import load_transformer_state
     from sana.models.text_encoder import TextEncoder
 
     if target.suffix in (".bin", ".pt", ".ckpt", ".safetensor"):
@@ -95,29 +88,13 @@ def convert_transformer(
             f"{target}: write a {' or '.join(SUFFIXES)} file, or a folder (a name without a suffix)"
         )
     config = find_config(args.config, source, [*override_words(args), *overrides])
-    model = replace(config.model, load_from=None)  # the weights come with it
-    if published := find_published(source):
-        if dtype is not None:
-            choose_dtype(published.dtypes, dtype, explicit=True, device="cpu")
-        # The name by which the precision was known is lost here: the config says it from now on.
-        model = replace(
-            model, mixed_precision=next(name for name, kind in DTYPES.items() if kind == published.dtypes[0])
-        )
-    config = replace(config, model=model)
-    state = load_transformer_state(source, ema=args.ema)
-    network = empty_transformer(config)
-    if problems := misfits(network.state_dict(), state):
-        raise ValueError(f"the weights are not those of {config.model.model}: {'; '.join(problems)}")
-    if dtype is not None:
-        state = {key: value.to(dtype) for key, value in state.items()}
-        if bad := [key for key, value in state.items() if not value.isfinite().all()]:
-            raise ValueError(f"{bad[0]} is not finite in {args.dtype}: choose another --dtype")
-    text = config_text(config)
+    read = read_checkpoint(config, source, dtype=dtype, ema=args.ema)
+    about = {"config_text": read.config_text, "published": read.published}
     if target.suffix in SUFFIXES:
-        write_single_file(target, state, name=config.model.model, network=network.config, config_text=text)
+        write_single_file(target, read.state, name=config.model.model, network=read.network, **about)
         return
     size, factor = config.model.image_size, config.vae.vae_downsample_rate
-    transformer = diffusers_folder.build_transformer_twin(state, network.config, size, factor)
+    transformer = diffusers_folder.build_transformer_twin(read.state, read.network, size, factor)
     with diffusers_folder.new_folder(target, overwrite=args.overwrite) as folder:
         if args.save_full_pipeline:
             diffusers_folder.write_pipeline_folder(
@@ -130,8 +107,7 @@ def convert_transformer(
             )
         else:
             transformer.save_pretrained(folder / "transformer")
-        # Keeps what diffusers has no place for, such as the instruction to the text encoder.
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        diffusers_folder.write_side_files(folder, read.state, **about)
 
 
 def override_words(args: Namespace) -> list[str]:
@@ -146,15 +122,6 @@ def override_words(args: Namespace) -> list[str]:
         "text_encoder.text_encoder_name": args.text_encoder,
     }
     return [f"--{key}={value}" for key, value in values.items() if value]
-
-
-def config_text(config: SanaConfig) -> str:
-    """The complete config as YAML."""
-    from sana.config import dump_config
-
-    with TemporaryDirectory() as folder:
-        dump_config(config, Path(folder, "config.yaml"))
-        return Path(folder, "config.yaml").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

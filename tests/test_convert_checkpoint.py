@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sana.config import load_config, transformer_overrides
 from sana.loading import config_for
+from sana.utils import hub
 from scripts.convert_checkpoint import make_parser, run
 from tests.factories import make_autoencoder, make_transformer, write_model
 from tests.models.native_dc_ae import LITE, build_published, native_state, small, write_native
@@ -119,7 +120,9 @@ def test_pth_to_folder_to_pth(exported, state, tmp_path):
     convert(exported, tmp_path / "back.pth")
     content = torch.load(tmp_path / "back.pth", weights_only=True)
     assert content.keys() == {"state_dict"}
-    assert_same(content["state_dict"], in_diffusers(state))
+    assert_same(content["state_dict"], state)  # also what diffusers has no names for
+    convert(exported / "transformer", tmp_path / "part.pth")
+    assert_same(torch.load(tmp_path / "part.pth", weights_only=True)["state_dict"], state)
 
 
 def test_pth_to_safetensors_to_pth(single, state, tmp_path):
@@ -132,7 +135,8 @@ def test_folder_to_safetensors_to_folder(exported, source, tmp_path):
     convert(exported, tmp_path / "model.safetensors")
     convert(tmp_path / "model.safetensors", tmp_path / "again")
     files = sorted(path.relative_to(exported) for path in exported.rglob("*.safetensors"))
-    assert [str(file.parent) for file in files] == ["text_encoder", "transformer", "vae"]
+    parts = [str(file.parent) for file in files if file != Path(hub.SIDE_FILE)]
+    assert parts == ["text_encoder", "transformer", "vae"]
     for file in files:
         assert_same(load_file(tmp_path / "again" / file), load_file(exported / file))
     for name in ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
@@ -244,9 +248,12 @@ def test_nothing_is_overwritten_unasked(source, exported, single, tmp_path):
     [
         (
             ["--text_encoder.caption_channels=48"],
-            "the weights are not those of SanaMS_Tiny_P1_D8.*y_proj.fc1",
+            "model.pth fits SanaMS_Tiny_P1_D8 with .*, not the SanaMS_Tiny_P1_D8 of the config: .*y_proj.fc1",
         ),
-        (["--model_type=SanaMS1.5_1600M_P1_D20"], "not those of SanaMS_1600M_P1_D20.*lacks blocks.10"),
+        (
+            ["--model_type=SanaMS1.5_1600M_P1_D20"],
+            "fits SanaMS_Tiny_.*, not the SanaMS_1600M_P1_D20 of the config: it lacks blocks.10",
+        ),
         (["--model.qk_norm=true"], "lacks blocks.0.attn.k_norm.weight"),
         (["--dtype=int8"], "unknown dtype 'int8'"),
         (["--scheduler_type=ddim"], "vis_sampler"),
@@ -296,6 +303,18 @@ def test_overwrite_never_takes_what_it_does_not_replace(source, tmp_path, stray)
     assert (tmp_path / "pipeline" / stray).read_text() == "mine"
 
 
+def test_a_stale_side_file_goes_with_the_weights(source, state, tmp_path):
+    """Weights that lack what diffusers lacks replace some that had it: nothing of those may stay behind."""
+    convert(source / "model.pth", tmp_path / "pipeline")
+    torch.save(in_diffusers(state), tmp_path / "plain.pth")
+    config = f"--config={source / 'config.yaml'}"
+    convert(tmp_path / "plain.pth", tmp_path / "pipeline", "--overwrite", config)
+    assert not (tmp_path / "pipeline" / hub.SIDE_FILE).exists()
+    convert(tmp_path / "pipeline", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    assert_same(back, in_diffusers(state))
+
+
 def test_a_part_does_not_replace_the_whole(source, tmp_path):
     convert(source / "model.pth", tmp_path / "pipeline")
     with pytest.raises(ValueError, match="also holds model_index.json, "):
@@ -323,7 +342,7 @@ def test_other_suffixes_and_overflow_are_refused(source, state, tmp_path):
     big = dict(state)
     big["final_layer.linear.bias"] = torch.full_like(big["final_layer.linear.bias"], 1e6)
     torch.save(big, tmp_path / "big.pth")
-    with pytest.raises(ValueError, match="final_layer.linear.bias is not finite in fp16"):
+    with pytest.raises(ValueError, match="final_layer.linear.bias is not finite in float16"):
         convert(
             tmp_path / "big.pth", tmp_path / "o.pth", "--dtype=fp16", f"--config={source / 'config.yaml'}"
         )

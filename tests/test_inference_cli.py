@@ -331,12 +331,18 @@ def bad_weights(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model_path=truncated.pth"], "truncated.pth: truncated, corrupt, or not only tensors"),
+        (
+            ["--model_path=truncated.pth"],
+            "truncated.pth: truncated or corrupt (100,000 bytes): fetch it again",
+        ),
         (["--model_path=code.pth"], "code.pth: refused, nothing of it was run"),
         (["--model_path=short.safetensors"], "blocks"),  # lacks blocks.7...; 7 blocks deep
         (["--model_path=other.safetensors"], ("the model has no a", "not the weights of a Sana transformer")),
         (["--model_path=controlnet.safetensors"], "ControlNet"),
-        (["--model_path=Sana_1600M_1024px.pth", "--dtype=bf16"], "these weights do not run in bfloat16"),
+        (
+            ["--model_path=Sana_1600M_1024px.pth", "--dtype=bf16"],
+            "these weights (Sana_1600M_1024px) do not run in bfloat16",
+        ),
         (["--model_path=shards"], "model-00002-of-00002.safetensors"),
         (["--model_path=hf://owner/mispelt/a.pth"], "could not fetch hf://owner/mispelt/a.pth"),
         (["--model_path=owner/mispelt"], "could not fetch hf://owner/mispelt"),

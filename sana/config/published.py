@@ -29,17 +29,9 @@ RENAMED: dict[str, Rename] = {
 RENAMED_VALUES: dict[str, dict[str, str]] = {
     "model.model": {"SanaMSCM_600M_P1_D20": "SanaMSCM_600M_P1_D28"},
     "vae.vae_type": {"dc-ae": "AutoencoderDC"},
-    "vae.vae_pretrained": {
-        name: f"{name}-diffusers"
-        for name in (
-            "mit-han-lab/dc-ae-f32c32-sana-1.0",
-            "mit-han-lab/dc-ae-f32c32-sana-1.1",
-            "mit-han-lab/dc-ae-lite-f32c32-sana-1.1",
-        )
-    },
 }
-"""Old values of a key: the native autoencoder files and their twins in the format that is read here; and the model of
-the published Sprint 0.6B file, which has never been: that network has 28 blocks."""
+"""Old values of a key: the first name of the kind of autoencoder; and the model of the published Sprint 0.6B file, which has
+never been: that network has 28 blocks."""
 
 _ADAMW = {"eps": 1e-10, "lr": 1e-4, "type": "AdamW", "weight_decay": 0.03}
 
@@ -164,6 +156,5 @@ NOT_YET = (
     "train.online_metric",
     "train.debug_nan",
     "debug",
-    "caching",
 )
 """Fields that nothing reads yet: one that is not at its default is named like a key without effect."""

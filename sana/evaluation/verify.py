@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DPMSolverMultistepScheduler, SanaTransformer2DModel
+from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -35,8 +35,8 @@ from sana.evaluation.checks import (
     worst,
 )
 from sana.evaluation.goldens import Entry, Fingerprint, Goldens
-from sana.evaluation.shapes_benchmark import weight_hashes
-from sana.pipeline import DTYPES, SAMPLERS, SOLVERS, NonFiniteError, SanaPipeline
+from sana.evaluation.solvers import check_solver
+from sana.pipeline import DTYPES, SAMPLERS, NonFiniteError, SanaPipeline
 from sana.shapes.render import render
 from sana.shapes.scene import Object, Scene
 from sana.utils import hub, seeding
@@ -58,12 +58,6 @@ PICTURE_TIMES = 10
 
 MIN_PSNR = 20.0  # dB of the round trip; an encoder and a decoder that do not belong together stay below 14
 SPREAD = (0.25, 2.5)  # standard deviation of scaled latents, about 1 over many pictures
-
-# Spec of the published solver: v(x, t) = 0.5 x + t from x = 1, shift 3; steps -> first states, final state.
-TRAJECTORIES = {
-    4: ((1, 0.84999337, 0.65375513, 0.41613714, 0.062505567), 0.062505567),
-    20: ((1, 0.97413536, 0.9470332, 0.91870277, 0.88898327, 0.85777408), 0.24314112),
-}
 
 Load = Callable[[str], SanaPipeline]
 Read = Callable[[Path], Mapping[str, Tensor]]
@@ -100,7 +94,7 @@ def verify(
         if device is None:
             device, goldens.weights, state = pipeline.device, weight_hashes(pipeline), read(pipeline.weights)
             yield check_weights(pipeline, state)
-            yield from check_solver(pipeline.flow_shift)
+            yield from check_solver(pipeline.config.scheduler.vis_sampler, pipeline.flow_shift)
             yield from check_autoencoder(pipeline, goldens)
             yield from check_text(pipeline, goldens)
             yield from check_picture(pipeline, goldens)
@@ -385,36 +379,6 @@ def check_picture(pipeline: SanaPipeline, goldens: Goldens) -> Iterator[Check | 
     )
 
 
-def check_solver(shift: float) -> Iterator[Check]:
-    """Flow-DPM-Solver against published trajectories, and against diffusers' scheduler at the model's flow shift."""
-    schedule, solver = SOLVERS["flow_dpm-solver"]
-    part = {"part": "solver", "where": "float64 cpu"}
-    error = 0.0
-    for steps, (expected, final) in TRAJECTORIES.items():
-        states = [torch.ones(1, dtype=torch.float64)]
-        keep = lambda step, total, x, x0, states=states: states.append(x)  # noqa: E731
-        solver(lambda x, t: 0.5 * x + t, states[0], schedule(steps, 3.0), keep)
-        pairs = [*zip(states, expected, strict=False), (states[-1], final)]
-        error = worst(error, *(abs(x.item() - value) for x, value in pairs))
-    yield bounded("published", error, 6e-9, advice=REINSTALL, **part)
-
-    scheduler = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
-    )
-    scheduler.set_timesteps(20)
-    start = x = torch.randn(2, 4, 8, 8, generator=seeding.generator("solver"))
-    for time in scheduler.timesteps:
-        x = scheduler.step(_nonlinear(x, time.item()), time, x).prev_sample
-    ours = solver(lambda x, t: _nonlinear(x, math.trunc(1000 * t)), start, schedule(20, shift))
-    part["where"] = "float32 cpu"
-    yield bounded("diffusers", relative_rms(ours, x), EXACT["cpu"], advice=REINSTALL, **part)
-
-
-def _nonlinear(x: Tensor, time: float) -> Tensor:
-    """A smooth velocity of state and network time, in [0, 1000]."""
-    return torch.sin(2 * x) * math.cos(0.003 * time) + 0.3 * x.roll(1, dims=-1) + time / 1000
-
-
 # What the checks share
 
 
@@ -456,6 +420,17 @@ def _check_golden(
     )
     bound = tolerance * GOLDEN[pipeline.device.type]
     return bounded(error=error, bound=bound, advice=advice, **fixed)
+
+
+def weight_hashes(pipeline: SanaPipeline) -> dict[str, str]:
+    """sha256 of the weights of each network, as they lie on disk; a config may only have a name for the text encoder."""
+    folders = {
+        "autoencoder": hub.resolve_model(pipeline.config.vae.vae_pretrained),
+        "text_encoder": pipeline.text_encoder.model.name_or_path,
+    }
+    return {"transformer": pipeline.weights_sha256} | {
+        part: hub.sha256(path) for part, path in folders.items()
+    }
 
 
 def _dtypes(pipeline: SanaPipeline) -> dict[str, torch.dtype]:

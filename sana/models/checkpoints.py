@@ -66,6 +66,11 @@ class PublishedCheckpoint:
     """What is known of the weights' licence here. The code's licence (Apache-2.0) does not cover them."""
 
     @property
+    def name(self) -> str:
+        """Its key in `PUBLISHED`: the name of its repository."""
+        return self.repo.rpartition("/")[2]
+
+    @property
     def repo(self) -> str:
         """Hub id of the repository that holds `pth`."""
         return "/".join(self.pth.removeprefix("hf://").split("/")[:2])
@@ -183,6 +188,10 @@ PUBLISHED: dict[str, PublishedCheckpoint] = dict(
 )
 """Name (of its hub repository) -> checkpoint. ControlNets and quantised weights are not among them: not supported."""
 
+AUTOENCODER_DTYPES = PUBLISHED["Sana_1600M_1024px"].autoencoder_dtypes
+"""What a DC-AE may run in. One contract for all, of whatever name: activations of the published ones overflow float16,
+and so do those of Sana-tiny's."""
+
 AUTOENCODERS: dict[str, str] = {
     "mit-han-lab/dc-ae-f32c32-sana-1.0": "native",
     "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers": "diffusers",
@@ -211,6 +220,23 @@ def find_published(name_or_path: str | Path) -> PublishedCheckpoint | None:
     return None
 
 
+def float16_era(architecture: str, *, qk_norm: bool) -> PublishedCheckpoint | None:
+    """The first published checkpoint of an architecture that was made for float16; None if there is none.
+
+    Tensors do not tell its weights from those of later checkpoints of the same architecture.
+    """
+    return next(
+        (
+            entry
+            for entry in PUBLISHED.values()
+            if entry.dtypes[0] == _FP16
+            and entry.architecture == architecture
+            and entry.overrides.get("qk_norm", False) == qk_norm
+        ),
+        None,
+    )
+
+
 _WHY = {
     _FP16: "their activations may pass float16's largest number, 65504, and become infinite",
     _BF16: "they were made for float16's ten bits of precision, and bfloat16 has seven",
@@ -218,7 +244,12 @@ _WHY = {
 
 
 def choose_dtype(
-    allowed: Sequence[torch.dtype], wanted: torch.dtype, *, explicit: bool, device: torch.device | str
+    allowed: Sequence[torch.dtype],
+    wanted: torch.dtype,
+    *,
+    explicit: bool,
+    device: torch.device | str,
+    what: str = "these weights",
 ) -> torch.dtype:
     """The dtype that weights run in: `wanted` where it is allowed, else what they were made for.
 
@@ -226,6 +257,7 @@ def choose_dtype(
         allowed: `PublishedCheckpoint.dtypes` (or those of another component), the best first.
         explicit: the user asked for `wanted`; otherwise it stands in a config, which is corrected with one logged line.
         device: on a CPU float32 is always allowed, and the choice where `wanted` is not.
+        what: whose precision it is, for the message.
 
     Raises:
         ValueError: an explicit dtype that is not allowed.
@@ -237,9 +269,10 @@ def choose_dtype(
     names = " or ".join(_name(dtype) for dtype in allowed)
     why = _WHY.get(wanted, "they were not made for it")
     if explicit:
-        raise ValueError(f"these weights do not run in {_name(wanted)}: {why}; use {names}")
+        raise ValueError(f"{what} do not run in {_name(wanted)}: {why}; use {names}")
     logger.warning(
-        "%s instead of the config's %s: %s (allowed: %s)", _name(allowed[0]), _name(wanted), why, names
+        "%s: %s instead of the config's %s: %s (allowed: %s)",
+        *(what, _name(allowed[0]), _name(wanted), why, names),
     )
     return allowed[0]
 

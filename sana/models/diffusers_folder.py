@@ -7,7 +7,7 @@ The classes of diffusers write their own files, so that names, configs and index
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from diffusers import (
     SanaTransformer2DModel,
     SCMScheduler,
 )
+from safetensors.torch import save_file
 
 from sana.models.autoencoder import Autoencoder
-from sana.models.state_dict import to_diffusers
+from sana.models.key_names import NOT_IN_DIFFUSERS, State, to_diffusers
 from sana.models.text_encoder import TextEncoder
 from sana.models.transformer import TransformerConfig
-
-State = Mapping[str, torch.Tensor]
+from sana.utils import hub
 
 SAMPLERS = ("flow_dpm-solver", "flow_euler", "scm")
 """Names of the samplers that diffusers has a scheduler for."""
@@ -70,7 +70,8 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _would_be_lost(target: Path, fresh: Path) -> list[str]:
-    """Files of `target` that `fresh` does not replace; weights count as replaced where their folder has new ones."""
+    """Files of `target` that `fresh` does not replace; weights count as replaced where their folder has new ones, and the
+    side file belongs to them."""
 
     def files(folder: Path) -> set[Path]:
         return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
@@ -80,7 +81,7 @@ def _would_be_lost(target: Path, fresh: Path) -> list[str]:
     return sorted(
         str(path)
         for path in files(target) - new
-        if not (path.name.startswith(_WEIGHTS) and path.parent in weights)
+        if not (path.name.startswith(_WEIGHTS) and path.parent in weights) and path != Path(hub.SIDE_FILE)
     )
 
 
@@ -141,6 +142,20 @@ def build_transformer_twin(
         twin = SanaTransformer2DModel(**transformer_arguments(config, image_size, factor))
     twin.load_state_dict(to_diffusers(state), assign=True)
     return twin.eval()
+
+
+def write_side_files(folder: Path, state: State, *, config_text: str, published: str | None) -> None:
+    """Write what diffusers has no place for: config.yaml (the complete config), and the tensors of `NOT_IN_DIFFUSERS`.
+
+    Args:
+        published: key in `sana.models.checkpoints.PUBLISHED` of the weights, kept in the metadata of those tensors.
+    """
+    (folder / "config.yaml").write_text(config_text, encoding="utf-8")
+    rest = {key: state[key].contiguous() for key in NOT_IN_DIFFUSERS if key in state}
+    if rest or published:
+        save_file(
+            rest, folder / hub.SIDE_FILE, {"format": "pt"} | ({"published": published} if published else {})
+        )
 
 
 def build_scheduler(sampler: str, flow_shift: float) -> Any:

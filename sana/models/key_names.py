@@ -10,13 +10,14 @@ import torch
 State = Mapping[str, torch.Tensor]
 
 NULL_CAPTION = "y_embedder.y_embedding"
-"""Buffer without a counterpart in diffusers; only training reads it, and overwrites it first."""
+"""Buffer that only training reads, and overwrites first."""
 
-RECOMPUTED = ("pos_embed",)
-"""Stored in published checkpoints, but a function of the grid: dropped on load."""
+IGNORED = ("pos_embed", "logvar_linear.weight", "logvar_linear.bias")
+"""What published checkpoints hold and no model here has: the position table, a function of the grid; and the head that
+weighs the loss in Sprint's training, on which no image depends."""
 
-TRAINING_ONLY = ("logvar_linear.weight", "logvar_linear.bias")
-"""Head of Sprint's checkpoints that weighs the loss; no image depends on it, and no model here has it."""
+NOT_IN_DIFFUSERS = (NULL_CAPTION, *IGNORED)
+"""Tensors of a checkpoint without a counterpart in diffusers."""
 
 # Modules outside the blocks: published name -> diffusers name.
 _TOP = {
@@ -66,7 +67,7 @@ _INVERSE_BLOCK = {
 def to_diffusers(state: State, *, sprint: bool | None = None) -> dict[str, torch.Tensor]:
     """Rename published names to those of diffusers' `SanaTransformer2DModel`.
 
-    The null caption, `pos_embed` and Sprint's `logvar_linear` have none and are left out.
+    Those of `NOT_IN_DIFFUSERS` have none and are left out.
 
     Args:
         sprint: use the names of a network with an embedding of the guidance scale (diffusers' `guidance_embeds`); None:
@@ -80,7 +81,7 @@ def to_diffusers(state: State, *, sprint: bool | None = None) -> dict[str, torch
     top = _TOP | _SPRINT if sprint else _TOP
     renamed: dict[str, torch.Tensor] = {}
     for key, value in state.items():
-        if key in (*RECOMPUTED, *TRAINING_ONLY, NULL_CAPTION):
+        if key in NOT_IN_DIFFUSERS:
             continue
         prefix, module, leaf = _split(key, "blocks")
         theirs = (_BLOCK if prefix else top).get(module)
@@ -124,7 +125,7 @@ def from_diffusers(state: State) -> dict[str, torch.Tensor]:
 
 
 def to_published(state: State) -> dict[str, torch.Tensor]:
-    """The state of a file under the published names, whatever its own, without what only Sprint's training needs.
+    """The state of a file under the published names, whatever its own.
 
     Raises:
         ValueError: a ControlNet, or names of diffusers that the table does not have.
@@ -135,26 +136,26 @@ def to_published(state: State) -> dict[str, torch.Tensor]:
         raise ValueError("a ControlNet checkpoint; ControlNet is not supported here, only its base model is")
     if any(key.startswith("transformer_blocks.") for key in state):
         return from_diffusers(state)
-    return {key: value for key, value in state.items() if key not in TRAINING_ONLY}
+    return dict(state)
 
 
 def misfits(own: State, state: State) -> list[str]:
     """Every kind of difference between a model's state and a file's, with published names; empty if it fits.
 
-    Two exceptions, and no other: the file may have `RECOMPUTED` tensors and lack the `NULL_CAPTION`.
+    Two exceptions, and no other: the file may have tensors of `IGNORED` and lack the `NULL_CAPTION`. Of all kinds
+    together about three names are told, and how many more there are.
     """
-    found = []
-    if missing := own.keys() - state.keys() - {NULL_CAPTION}:
-        found.append(f"the checkpoint lacks {shorten(missing)}")
-    if unexpected := state.keys() - own.keys() - {*RECOMPUTED}:
-        found.append(f"the model has no {shorten(unexpected)}")
-    if misshapen := [
-        f"{key} is {tuple(state[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the model"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]:
-        found.append(shorten(misshapen))
-    return found
+    kinds = {
+        "it lacks ": own.keys() - state.keys() - {NULL_CAPTION},
+        "the model has no ": state.keys() - own.keys() - {*IGNORED},
+        "": [
+            f"{key} is {tuple(state[key].shape)}, in the model {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    kinds = {kind: names for kind, names in kinds.items() if names}
+    return [f"{kind}{shorten(names, limit=3 // len(kinds))}" for kind, names in kinds.items()]
 
 
 def shorten(names: Iterable[str], limit: int = 5) -> str:

@@ -17,7 +17,13 @@ SUFFIXES = (".pth", ".safetensors")
 
 
 def write_single_file(
-    path: Path, state: State, *, name: str, network: TransformerConfig, config_text: str
+    path: Path,
+    state: State,
+    *,
+    name: str,
+    network: TransformerConfig,
+    config_text: str,
+    published: str | None = None,
 ) -> None:
     """Write weights with published names, in their dtype and in one step.
 
@@ -27,9 +33,10 @@ def write_single_file(
         name: architecture, a name in `TRANSFORMERS`.
         network: the settings of the transformer.
         config_text: the complete config of the model as YAML.
+        published: the published checkpoint that the weights are, a key in `sana.models.checkpoints.PUBLISHED`.
 
     The metadata of a `.safetensors` has `architecture`, `overrides` (JSON: the settings that differ from those of that
-    architecture) and `config` (the YAML).
+    architecture), `config` (the YAML) and, where it is one, `published`.
     """
     if path.suffix == ".pth":
         write_atomic(path, lambda handle: torch.save({"state_dict": dict(state)}, handle))
@@ -42,6 +49,8 @@ def write_single_file(
         "overrides": json.dumps(overrides),
         "config": config_text,
     }
+    if published:
+        metadata["published"] = published
     tensors = {key: value.contiguous() for key, value in state.items()}
     # By its name: to write through the handle, the file would first stand in memory as a whole.
     write_atomic(path, lambda handle: save_file(tensors, handle.name, metadata))

@@ -7,14 +7,14 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
 from sana.models.checkpoints import find_published
 from sana.models.key_names import (
+    IGNORED,
     NULL_CAPTION,
-    RECOMPUTED,
     State,
     from_diffusers,
     misfits,
@@ -29,11 +29,12 @@ from sana.utils.logging import get_logger
 
 __all__ = [
     "NULL_CAPTION",
-    "RECOMPUTED",
     "State",
     "from_diffusers",
     "load_into",
     "load_transformer_state",
+    "read_metadata",
+    "require_fit",
     "resolve_transformer",
     "save_transformer",
     "to_diffusers",
@@ -45,8 +46,8 @@ logger = get_logger(__name__)
 def load_transformer_state(path: str | Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
     """Read the weights of a transformer, under the published names whatever the file's own.
 
-    Most tensors are views of the mapped file, on the CPU: their memory is the system's cache of the file. `logvar_linear`,
-    which only Sprint's training needs, is left out.
+    Most tensors are views of the mapped file, on the CPU: their memory is the system's cache of the file. What diffusers
+    has no names for is read from the `hub.SIDE_FILE` of a pipeline folder that was written here.
 
     Args:
         path: given as for `sana.utils.hub.resolve_model`, so also `hf://owner/repo[/path]` and `owner/name`:
@@ -77,9 +78,34 @@ def load_transformer_state(path: str | Path, *, ema: bool = False) -> dict[str, 
             f"{file}: not a state dict: {shorten(wrong) + ' no tensor' if wrong else 'it is empty'}"
         )
     try:
-        return to_published(state)
+        state = to_published(state)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    side = _side_file(file)
+    return _read_safetensors(side) | state if side else state
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a .safetensors file says of itself, and the `hub.SIDE_FILE` of the pipeline folder that a file is part of.
+
+    Raises:
+        ValueError: truncated or corrupt.
+    """
+    found: dict[str, str] = {}
+    for source in (file, _side_file(file)):
+        if source is not None and source.suffix == ".safetensors":
+            try:
+                with safe_open(source, "pt") as content:
+                    found |= content.metadata() or {}
+            except (SafetensorError, OSError) as error:
+                raise _unreadable(source, error) from error
+    return found
+
+
+def _side_file(file: Path) -> Path | None:
+    """The `hub.SIDE_FILE` that belongs to the weights `file` of a pipeline's transformer."""
+    side = file.absolute().parent.parent / hub.SIDE_FILE
+    return side if file.absolute().parent.name == "transformer" and side.is_file() else None
 
 
 def resolve_transformer(path: str | Path) -> Path:
@@ -114,7 +140,7 @@ def _read_pickle(file: Path, *, ema: bool) -> dict[str, torch.Tensor]:
             raise ValueError(
                 f"{file}: refused, nothing of it was run: beside tensors it holds {foreign[1]}, and a pickle may run code"
             ) from error
-        raise ValueError(f"{file}: truncated, corrupt, or not only tensors: {_first_line(error)}") from error
+        raise _unreadable(file, error) from error
     if ema and not (isinstance(content, dict) and "state_dict_ema" in content):
         raise ValueError(f'{file}: holds no averaged weights (EMA; key "state_dict_ema")')
     state = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -136,7 +162,14 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: truncated or corrupt: {_first_line(error)}") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    """What to tell of a file that a reader refused; the readers' own texts say nothing to a user."""
+    if isinstance(error, OSError) and error.strerror:
+        return ValueError(f"{file}: cannot be read: {error.strerror}")
+    return ValueError(f"{file}: truncated or corrupt ({file.stat().st_size:,} bytes): fetch it again")
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
@@ -155,35 +188,40 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
 def load_into(model: nn.Module, state: State) -> None:
     """Load a state with published names into `model`, strictly, in the dtype and on the device of the model.
 
-    Two exceptions, and no other: `pos_embed` is ignored, for the model recomputes it; the null caption may be
-    absent (a state that comes from diffusers has none), and the model then keeps its own.
+    Two exceptions, and no other: what `IGNORED` names is left out; the null caption may be absent (a state that
+    comes from diffusers has none), and the model then keeps its own.
 
     Raises:
-        ValueError: names every kind of missing, unexpected and misshapen tensor, and the architecture that would fit.
-            The model is then unchanged.
+        ValueError: as `require_fit`. The model is then unchanged.
     """
     own = model.state_dict()
-    if problems := misfits(own, state):
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}{_fitting(state)}")
-    state = {key: value for key, value in state.items() if key not in RECOMPUTED}
+    require_fit(own, state)
+    state = {key: value for key, value in state.items() if key not in IGNORED}
     if NULL_CAPTION in own and NULL_CAPTION not in state:
         logger.info("the checkpoint has no %s: the model keeps its own", NULL_CAPTION)
         state[NULL_CAPTION] = own[NULL_CAPTION]
     model.load_state_dict(state)
 
 
-def _fitting(state: State) -> str:
-    """ "; it fits ...", or nothing where no known architecture does."""
+def require_fit(
+    own: State, state: State, *, file: str | Path = "the checkpoint", model: str = "this model"
+) -> None:
+    """Refuse a state that is not one of a model whose own state is `own`; published names, any device.
+
+    Raises:
+        ValueError: begins with the architecture that would fit, where one is known, and names every kind of missing,
+            unexpected and misshapen tensor.
+    """
+    if not (problems := misfits(own, state)):
+        return
     try:
         name, overrides = recognise(state)
     except ValueError:
-        return ""
-    settings = ", ".join(f"{key}={value}" for key, value in overrides.items())
-    return f"; it fits {name}{settings and f' with {settings}'}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        verdict = f"does not fit {model}"
+    else:
+        settings = ", ".join(f"{key}={value}" for key, value in overrides.items())
+        verdict = f"fits {name}{settings and f' with {settings}'}, not {model}"
+    raise ValueError(f"{file} {verdict}: {'; '.join(problems)}")
 
 
 def save_transformer(

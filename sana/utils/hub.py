@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,10 +16,17 @@ _HUB_NAME = re.compile(r"(?!(?:asset|configs|output)/)[A-Za-z0-9][\w-]*/[A-Za-z0
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 """What a file of weights ends in."""
 
+SIDE_FILE = "not_in_diffusers.safetensors"
+"""In a pipeline folder that was written here: the transformer's tensors that diffusers has no names for, and in its metadata
+the published checkpoint that they are."""
+
 # The usual names of an index of shards and of a single file: of diffusers, then of the hub's mixin and transformers.
 _INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
 _SINGLES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
+# What is no weights in the folder of a model, its tokenizer's files among them.
+_SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
+_PIPELINE_SETTINGS = ("model_index.json", "config.yaml", SIDE_FILE, "scheduler/*.json")
 
 
 def resolve(path: str | Path) -> Path:
@@ -33,23 +41,69 @@ def resolve(path: str | Path) -> Path:
     text = str(path)
     if text.startswith("hf://"):
         return _download(text)
-    local = Path(text).expanduser()
-    for candidate in (local, ROOT / local):
-        if text and candidate.exists():
-            return candidate
+    if found := _local(text):
+        return found
     raise ValueError(
         f"no such file or folder: {text!r}; give a path (also taken from {ROOT}) or hf://owner/repo/path"
     )
 
 
+def _local(text: str) -> Path | None:
+    local = Path(text).expanduser()
+    return next((file for file in (local, ROOT / local) if text and file.exists()), None)
+
+
+def hub_address(path: str | Path) -> str | None:
+    """`path` as hf://owner/repo[/path] where it names something on the hub, also as "owner/name"; None if it is local."""
+    text = str(path)
+    if not text.startswith("hf://"):
+        if _local(text) or not _HUB_NAME.fullmatch(text) or _is_weights(text):
+            return None
+        text = f"hf://{text}"
+    return text.rstrip("/")
+
+
+def _is_weights(name: str) -> bool:
+    return is_index(name) or Path(name).suffix in WEIGHT_SUFFIXES
+
+
 def resolve_model(path: str | Path) -> Path:
-    """As `resolve`, for the folder of one model, which a config may also name as the hub does: "owner/name"."""
-    try:
+    """As `resolve`, for the folder of one model, which a config may also name as the hub does: "owner/name".
+
+    Of the hub, a model's settings and its weights under the usual name are fetched, and no variant of them; with the
+    `text_encoder` of a pipeline its tokenizer. All that there is where no weights have a usual name.
+    """
+    name = hub_address(path)
+    if name is None or _is_weights(name):
         return resolve(path)
-    except ValueError:
-        if not _HUB_NAME.fullmatch(str(path)):
-            raise
-        return _download(f"hf://{path}")
+    _, inner = _split(name)
+    place = f"{inner}/".lstrip("/")
+    patterns = [place + pattern for pattern in _SETTINGS]
+    if Path(inner).name == "text_encoder":
+        patterns.append(f"{inner.removesuffix('text_encoder')}tokenizer/*")
+    folder = _snapshot(name, patterns) / inner
+    return folder if _fetch_weights(name, [place]) else _download(name)
+
+
+def pipeline_folder(path: str | Path) -> Path | None:
+    """The folder of a diffusers pipeline, or of its transformer written here with a config; None for anything else.
+
+    Of the hub no weights are fetched, only what says how they are used: config.yaml, the scheduler's settings.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    name = hub_address(path)
+    if name is None:
+        folder = _local(str(path))
+        return folder if folder and (folder / "transformer").is_dir() else None
+    if _is_weights(name):
+        return None
+    _, inner = _split(name)
+    place = f"{inner}/".lstrip("/")
+    folder = _snapshot(name, [place + file for file in _PIPELINE_SETTINGS]) / inner
+    known = ("model_index.json", "config.yaml")
+    return folder if any((folder / file).is_file() for file in known) else None
 
 
 def resolve_weights(path: str | Path, *, part: str = "transformer") -> Path:
@@ -65,23 +119,17 @@ def resolve_weights(path: str | Path, *, part: str = "transformer") -> Path:
     Raises:
         ValueError: as `resolve`; or the folder holds no weights, or several without one of the usual names.
     """
-    text = str(path)
-    if not text.startswith("hf://"):
-        try:
-            found = resolve(text)
-        except ValueError:
-            if not _HUB_NAME.fullmatch(text) or Path(text).suffix in WEIGHT_SUFFIXES:
-                raise
-            text = f"hf://{text}"
-        else:
-            return _find_weights(found, part) if found.is_dir() else found
-    if not (is_index(text) or Path(text).suffix in WEIGHT_SUFFIXES):
-        return _download_folder(text, part)
-    found = _download(text)
-    if is_index(text):
-        folder = text.rpartition("/")[0]
+    name = hub_address(path)
+    if name is None:
+        found = resolve(path)
+        return _find_weights(found, part) if found.is_dir() else found
+    if not _is_weights(name):
+        return _download_folder(name, part)
+    found = _download(name)
+    if is_index(name):
+        folder = name.rpartition("/")[0]
         _snapshot(
-            text, [f"{_split(folder)[1]}/{shard}".lstrip("/") for shard in set(read_index(found).values())]
+            name, [f"{_split(folder)[1]}/{shard}".lstrip("/") for shard in set(read_index(found).values())]
         )
     return found
 
@@ -135,17 +183,8 @@ def _download_folder(name: str, part: str) -> Path:
     """Fetch the weights of the network in the folder `name` (hf://owner/repo[/path]), or in its subfolder `part`."""
     top = _split(name)[1]
     places = [f"{top}/{part}/".lstrip("/"), f"{top}/".lstrip("/")]
-    folder = _snapshot(name, [place + file for place in places for file in ("config.json", *_INDEXES)])
-    for place in places:
-        for index in _INDEXES:
-            if (folder / place / index).is_file():
-                shards = set(read_index(folder / place / index).values())
-                return _snapshot(name, [place + file for file in (index, *shards)]) / place / index
-    folder = _snapshot(name, [place + file for place in places for file in _SINGLES])
-    for place in places:
-        for single in _SINGLES:
-            if (folder / place / single).is_file():
-                return folder / place / single
+    if found := _fetch_weights(name, places):
+        return found
     # Other names; not at the root of a repository, where the pattern would match every network of a pipeline.
     folder = _snapshot(name, [f"{place}*.safetensors*" for place in places if place])
     try:
@@ -153,6 +192,19 @@ def _download_folder(name: str, part: str) -> Path:
     except ValueError as error:
         reason = f"no weights of a {part} under the usual names there{_offline()}"
         raise ValueError(f"{name}: {reason}; name the file: {name}/path/in/it") from error
+
+
+def _fetch_weights(name: str, places: list[str]) -> Path | None:
+    """Fetch the index with its shards, or the single file, that has a usual name in the first folder that holds one."""
+    settings = [place + file for place in places for file in ("config.json", SIDE_FILE, *_INDEXES)]
+    folder = _snapshot(name, settings)
+    for place, index in product(places, _INDEXES):
+        if (folder / place / index).is_file():
+            shards = set(read_index(folder / place / index).values())
+            return _snapshot(name, [place + file for file in (index, *shards)]) / place / index
+    folder = _snapshot(name, [place + file for place in places for file in _SINGLES])
+    files = (folder / place / single for place, single in product(places, _SINGLES))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _download(name: str) -> Path:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from sana.diffusion.solvers import SOLVERS, flow_euler
-from sana.evaluation import goldens, verify
+from sana.evaluation import goldens, solvers, verify
 from sana.evaluation.checks import FAIL, PASS, SKIP, check_layers, layer_ranges, relative_rms
-from sana.evaluation.shapes_benchmark import weight_hashes
 from sana.models.autoencoder import Autoencoder
 from sana.models.state_dict import load_transformer_state, to_diffusers
 from sana.pipeline import SanaPipeline
+from sana.utils import hub
 from scripts.verify import make_parser, run
 from tests.factories import make_autoencoder, write_model
 from tests.models.twin import build
@@ -56,7 +56,7 @@ def reference(pipeline, state, inputs):
 @pytest.fixture(scope="module")
 def known(pipeline):
     """Goldens of every part, but of the picture, made by the sound model."""
-    made = goldens.Goldens(None, weight_hashes(pipeline))
+    made = goldens.Goldens(None, verify.weight_hashes(pipeline))
     checks = [
         *verify.check_autoencoder(pipeline, made),
         *verify.check_text(pipeline, made),
@@ -314,7 +314,7 @@ def test_autoencoder_whose_files_are_wrong(pipeline, tmp_path):
     other.autoencoder = Autoencoder.from_pretrained(folder)
     vae = dataclasses.replace(pipeline.config.vae, vae_pretrained=str(folder))
     other.config = dataclasses.replace(pipeline.config, vae=vae)
-    checks = list(verify.check_autoencoder(other, goldens.Goldens([], weight_hashes(other))))
+    checks = list(verify.check_autoencoder(other, goldens.Goldens([], verify.weight_hashes(other))))
     assert statuses(checks) == {"layers": PASS, "scale": FAIL, "round trip": PASS, "golden": SKIP}
     assert "no golden is stored for these weights" in checks[-1].found
 
@@ -353,7 +353,7 @@ def test_parts_in_half_precision_are_not_held_against_goldens(pipeline, known):
 
 
 def test_solver(monkeypatch):
-    assert statuses(verify.check_solver(3.0)) == {"published": PASS, "diffusers": PASS}
+    assert statuses(verify.check_solver("flow_dpm-solver", 3.0)) == {"published": PASS, "diffusers": PASS}
     schedule, solver = SOLVERS["flow_dpm-solver"]
     for broken in (
         (schedule, flow_euler),
@@ -361,7 +361,14 @@ def test_solver(monkeypatch):
         (schedule, lambda velocity, *rest: solver(lambda x, t: velocity(x, t + 1e-3), *rest)),
     ):
         monkeypatch.setitem(SOLVERS, "flow_dpm-solver", broken)
-        assert statuses(verify.check_solver(3.0)) == {"published": FAIL, "diffusers": FAIL}
+        assert statuses(verify.check_solver("flow_dpm-solver", 3.0)) == {"published": FAIL, "diffusers": FAIL}
+
+
+def test_solver_of_sprint(monkeypatch):
+    assert statuses(verify.check_solver("scm", 1.0)) == {"diffusers": PASS}
+    schedule = solvers.scm_schedule
+    monkeypatch.setattr(solvers, "scm_schedule", lambda steps: schedule(steps, 1.57))
+    assert statuses(verify.check_solver("scm", 1.0)) == {"diffusers": FAIL}
 
 
 def test_a_picture_that_is_not_finite(pipeline, known):
@@ -399,6 +406,29 @@ def test_goldens_count_for_their_own_weights_only(tmp_path):
     assert stored.find("transformer", {"transformer": "cd"}) is None
     assert stored.find("autoencoder", {"transformer": "ab"}) is None
     assert goldens.read(tmp_path / "nowhere") == []
+
+
+def test_the_stored_goldens_are_of_the_shipped_files():
+    """New weights need new goldens: scripts/verify.py --update."""
+    shipped = {
+        "transformer": "transformer.safetensors",
+        "autoencoder": "autoencoder",
+        "text_encoder": "text_encoder",
+    }
+    shipped = {part: hub.sha256(hub.ROOT / "asset/sana_tiny" / file) for part, file in shipped.items()}
+    entries = goldens.read(hub.ROOT / "asset/verify")
+    assert {entry.part for entry in entries} == {"transformer", "autoencoder", "text encoder", "pipeline"}
+    for entry in entries:
+        assert entry.weights == {part: shipped[part] for part in entry.weights}, entry.part
+
+
+def test_hashes_where_the_config_has_a_published_name(pipeline):
+    """As every published config has: gemma-2-2b-it is no path."""
+    named = copy.copy(pipeline)
+    text = dataclasses.replace(pipeline.config.text_encoder, text_encoder_name="gemma-2-2b-it")
+    named.config = dataclasses.replace(pipeline.config, text_encoder=text)
+    assert verify.weight_hashes(named) == verify.weight_hashes(pipeline)
+    assert len(set(verify.weight_hashes(pipeline).values())) == 3
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"entries": [{"part": "transformer"}]}'])

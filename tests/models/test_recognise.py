@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sana.models.key_names import to_diffusers
-from sana.models.state_dict import load_into
+from sana.models.state_dict import load_into, require_fit
 from sana.models.zoo import TRANSFORMERS, build_transformer, recognise
 
 TINY = "SanaMS_Tiny_P1_D8"
@@ -67,7 +67,7 @@ def test_what_fits_nothing_names_the_nearest(tiny):
         ValueError, match=f"the nearest is {TINY}, but the model has no blocks.0.adaLN_modulation"
     ):
         recognise(adaln)
-    with pytest.raises(ValueError, match="the checkpoint lacks blocks.3.attn.proj.bias"):
+    with pytest.raises(ValueError, match="it lacks blocks.3.attn.proj.bias"):
         recognise({key: value for key, value in tiny.items() if key != "blocks.3.attn.proj.bias"})
 
 
@@ -83,20 +83,25 @@ def test_other_networks_are_no_transformer(tiny, key):
         assert "\n" not in str(caught.value)
 
 
-def test_a_misfit_ends_with_the_architecture_that_would_fit(tiny):
+def test_a_misfit_begins_with_the_architecture_that_would_fit(tiny):
     with torch.device("meta"):
         model = build_transformer("SanaMS_Tiny_P1_D8", depth=7)
-    with pytest.raises(ValueError, match=r"the model has no blocks\.7\..* more; it fits SanaMS_Tiny_P1_D8$"):
+    start = "^the checkpoint fits SanaMS_Tiny_P1_D8"
+    with pytest.raises(ValueError, match=rf"{start}, not this model: the model has no blocks\.7\..* more$"):
         load_into(model, tiny)
     state = weights(TINY, **NORMS)
-    with pytest.raises(ValueError, match=r"; it fits SanaMS_Tiny_P1_D8 with qk_norm=True, cross_norm=True$"):
+    with pytest.raises(ValueError, match=rf"{start} with qk_norm=True, cross_norm=True, not this model: "):
         load_into(model, state)
     wide = weights(TINY, caption_channels=96)
     message = (
-        r"fc1.weight is \(\d+, 96\) in the checkpoint, \(\d+, 128\) in the model.*with caption_channels=96$"
+        rf"{start} with caption_channels=96, .*y_embedding is \(64, 96\), in the model \(64, 128\) and 1 more"
     )
     with pytest.raises(ValueError, match=message):
         load_into(model, wide)
+    with pytest.raises(ValueError, match="^a.pth does not fit the SanaMS_X of the config: it lacks "):
+        require_fit(
+            model.state_dict(), {"a": torch.empty(1)}, file="a.pth", model="the SanaMS_X of the config"
+        )
 
 
 def test_every_name_is_told_from_the_others():

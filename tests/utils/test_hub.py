@@ -113,6 +113,55 @@ def test_a_network_of_its_own_repository(fake_hub):
     assert sorted(fetched) == ["config.json", SINGLE]
 
 
+@pytest.mark.parametrize(
+    ("weights", "others"),
+    [
+        (["model.safetensors"], ["model.fp16.safetensors", "pytorch_model.bin", "model.gguf", "tf_model.h5"]),
+        ([SINGLE], ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"]),
+        (["model.safetensors.index.json", "a.safetensors"], ["model.fp16-00001-of-00002.safetensors"]),
+        (["pytorch_model.bin"], []),  # nothing under a usual name: all that there is
+        (["pytorch_lora_weights.safetensors"], []),
+    ],
+    ids=["model", "diffusers", "shards", "bin", "lora"],
+)
+@pytest.mark.parametrize("place", ["", "vae/"])
+def test_of_a_model_no_variant_is_fetched(fake_hub, weights, others, place):
+    remote, cache, fetched = fake_hub
+    settings = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt"]
+    wanted = [place + name for name in (*weights, *settings)]
+    write(remote, *wanted, *(place + name for name in others), shards=["a.safetensors"])
+    assert hub.resolve_model(f"hf://owner/repo/{place}") == cache / place
+    assert sorted(fetched) == sorted(wanted)
+    assert hub.resolve_model(f"hf://owner/repo/{place}{weights[-1]}") == cache / place / weights[-1]
+
+
+def test_a_text_encoder_comes_with_its_tokenizer(fake_hub):
+    remote, cache, fetched = fake_hub
+    write(remote, "text_encoder/model.fp16.safetensors", "tokenizer/tokenizer.json", *OTHERS[:3])
+    write(remote, "text_encoder/config.json", "text_encoder/model.safetensors")
+    assert hub.resolve_model("hf://owner/repo/text_encoder") == cache / "text_encoder"
+    assert sorted(fetched) == [
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+    ]
+
+
+def test_a_pipeline_is_known_without_its_weights(fake_hub, tmp_path):
+    remote, cache, fetched = fake_hub
+    write(remote, *OTHERS, "config.yaml", "scheduler/scheduler_config.json", f"transformer/{SINGLE}")
+    assert hub.pipeline_folder("owner/repo") == cache
+    assert sorted(fetched) == ["config.yaml", "model_index.json", "scheduler/scheduler_config.json"]
+    for name in (
+        "hf://owner/repo/transformer",
+        "hf://owner/repo/a.pth",
+        tmp_path / "none",
+        cache / "scheduler",
+    ):
+        assert hub.pipeline_folder(name) is None
+    assert hub.pipeline_folder(remote) == remote
+
+
 def test_a_repository_without_weights_says_so(fake_hub):
     remote, cache, _ = fake_hub
     write(remote, *OTHERS, "a.pth", "b.pth")
