@@ -73,6 +73,7 @@ def draw(args: Namespace, overrides: list[str], prompts: dict) -> tuple[Path, di
     """Draw what is missing (this imports torch); returns the folder and what the report says of the model."""
     from sana.config import load_config
     from sana.evaluation import shapes_benchmark
+    from sana.evaluation.goldens import weight_hashes
     from sana.generation import Settings, folder_name
     from sana.pipeline import DEFAULT_CONFIG, SanaPipeline
     from sana.utils import hub
@@ -93,7 +94,7 @@ def draw(args: Namespace, overrides: list[str], prompts: dict) -> tuple[Path, di
     folder = args.work_dir / folder_name(pipeline, settings, "shapes", label="_ema" if args.ema else "")
     shapes_benchmark.draw(pipeline, prompts, folder, settings, batch_size=args.bs, progress=True)
     extra = {"ema": args.ema, "device": str(pipeline.device)}
-    return folder, {"weights": shapes_benchmark.weight_hashes(pipeline), "extra": extra}
+    return folder, {"weights": weight_hashes(pipeline), "extra": extra}
 
 
 def load_averaged(pipeline) -> None:  # noqa: ANN001 SanaPipeline is imported late

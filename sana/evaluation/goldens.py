@@ -4,18 +4,24 @@ A file of them is JSON: {"entries": [{"part", "weights", "fingerprints"}, ...], 
 the weights whose sha256 it names, so that it cannot be held against others.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sana.metrics.report import versions
+from sana.utils import hub
 from sana.utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from sana.pipeline import SanaPipeline
 
 SAMPLES = 24
 """Values of a tensor that are stored, evenly spaced over it."""
@@ -35,7 +41,7 @@ class Fingerprint:
     """`SAMPLES` values, the first and the last among them."""
 
     @classmethod
-    def of(cls, values: Tensor) -> "Fingerprint":
+    def of(cls, values: Tensor) -> Fingerprint:
         """Of any tensor."""
         flat = values.detach().flatten().double().cpu()
         places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long()
@@ -47,7 +53,7 @@ class Fingerprint:
             samples=tuple(flat[places].tolist()),
         )
 
-    def distance(self, golden: "Fingerprint") -> float:
+    def distance(self, golden: Fingerprint) -> float:
         """The largest difference from `golden` in any number, over its rms; infinity for another shape or NaN."""
         if self.shape != golden.shape or len(self.samples) != len(golden.samples):
             return math.inf
@@ -111,3 +117,13 @@ def _entry(stored: Mapping[str, Any]) -> Entry:
         for name, values in stored["fingerprints"].items()
     }
     return Entry(stored["part"], stored["weights"], fingerprints)
+
+
+def weight_hashes(pipeline: SanaPipeline) -> dict[str, str]:
+    """sha256 of the weights of each network that came from a file; a config may only have a name for the text encoder."""
+    folders = {
+        "autoencoder": hub.resolve_model(pipeline.config.vae.vae_pretrained),
+        "text_encoder": pipeline.text_encoder.model.name_or_path,
+    }
+    hashes = {part: hub.sha256(path) for part, path in folders.items()}
+    return ({"transformer": pipeline.weights_sha256} if pipeline.weights_sha256 else {}) | hashes

@@ -31,7 +31,6 @@ from sana.metrics.geneval import (
 from sana.metrics.report import Report, make_report
 from sana.shapes.benchmark import IMAGES_PER_PROMPT
 from sana.shapes.detector import MIN_SCORE, classify_colours, detect
-from sana.utils import hub
 from sana.utils.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -139,14 +138,6 @@ def read_image(path: Path) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except OSError as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
-
-
-def weight_hashes(pipeline: SanaPipeline) -> dict[str, str]:
-    """sha256 of the weights of each network that came from a file."""
-    config = pipeline.config
-    parts = {"autoencoder": config.vae.vae_pretrained, "text_encoder": config.text_encoder.text_encoder_name}
-    hashes = {name: hub.sha256(hub.resolve_model(path)) for name, path in parts.items()}
-    return ({"transformer": pipeline.weights_sha256} if pipeline.weights_sha256 else {}) | hashes
 
 
 def report(

@@ -34,7 +34,7 @@ from sana.evaluation.checks import (
     short,
     worst,
 )
-from sana.evaluation.goldens import Entry, Fingerprint, Goldens
+from sana.evaluation.goldens import Entry, Fingerprint, Goldens, weight_hashes
 from sana.evaluation.solvers import check_solver
 from sana.pipeline import DTYPES, SAMPLERS, NonFiniteError, SanaPipeline
 from sana.shapes.render import render
@@ -420,17 +420,6 @@ def _check_golden(
     )
     bound = tolerance * GOLDEN[pipeline.device.type]
     return bounded(error=error, bound=bound, advice=advice, **fixed)
-
-
-def weight_hashes(pipeline: SanaPipeline) -> dict[str, str]:
-    """sha256 of the weights of each network, as they lie on disk; a config may only have a name for the text encoder."""
-    folders = {
-        "autoencoder": hub.resolve_model(pipeline.config.vae.vae_pretrained),
-        "text_encoder": pipeline.text_encoder.model.name_or_path,
-    }
-    return {"transformer": pipeline.weights_sha256} | {
-        part: hub.sha256(path) for part, path in folders.items()
-    }
 
 
 def _dtypes(pipeline: SanaPipeline) -> dict[str, torch.dtype]:
