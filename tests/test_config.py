@@ -38,7 +38,7 @@ def test_published_yaml_loads_unchanged(write, caplog):
     assert config.scheduler.predict_flow_v is True  # predict_v
     assert config.work_dir == "output/debug"  # train.work_dir
     assert config.vae.vae_type == "AutoencoderDC"
-    assert config.vae.vae_pretrained == "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
+    assert config.vae.vae_pretrained == "mit-han-lab/dc-ae-f32c32-sana-1.0"  # the authors' files are read too
     assert config.model.resume_from == ResumeConfig()
     assert config.model.mlp_acts == ("silu", "silu", None)
     assert config.data.external_caption_suffixes == ("", "_InternVL2-26B", "_VILA1-5-13B")
@@ -319,8 +319,15 @@ def test_transformer_overrides(write):
         "class_dropout_prob": 0.2,
         "fp32_attention": False,
         "clamp_attention": False,
+        "kernels": "auto",
         "gradient_checkpointing": True,
     }
+    for model, kernels in (
+        ("attn_type: triton_linear", "triton"),
+        ("kernels: triton", "triton"),
+        ("attn_type: triton_linear, kernels: torch", "torch"),
+    ):
+        assert transformer_overrides(load_config(write(f"model: {{{model}}}")))["kernels"] == kernels
     sprint = "model: {model: SanaMSCM_600M_P1_D20, cfg_embed: true, mixed_precision: fp16}\nscheduler: {vis_sampler: scm}"
     config = load_config(write(sprint))
     assert config.model.model == "SanaMSCM_600M_P1_D28"  # the published file has a wrong depth

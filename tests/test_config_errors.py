@@ -91,8 +91,10 @@ def test_unreadable_files(tmp_path):
     ("override", "message"),
     [
         ("model.mixed_precision=fp8", "model.mixed_precision: expected fp16 or bf16 or fp32, got fp8"),
-        ("model.attn_type=flash", "model.attn_type: expected linear, got flash"),
+        ("model.attn_type=flash", "model.attn_type: expected linear or triton_linear, got flash"),
         ("model.ffn_type=mlp", "model.ffn_type: expected glumbconv, got mlp"),
+        ("model.ffn_type=triton_mbconvpreglu", "triton_mbconvpreglu is another architecture"),
+        ("model.kernels=cuda", "model.kernels: expected null or auto or torch or triton, got cuda"),
         (
             "model.mlp_acts=[silu, null, silu]",
             "model.mlp_acts: expected [silu, silu, null], got [silu, null, silu]",

@@ -8,7 +8,7 @@ Every config key can be overridden as --section.key=value (lists as "[a,b]"). `t
 
 import sys
 
-from sana.utils.cli import Parser
+from sana.utils.cli import Parser, at_least
 
 STOPPED = 143
 """Exit status of a run that was stopped by SIGTERM before its last step, and saved: started again, it goes on."""
@@ -22,16 +22,34 @@ def build_parser() -> Parser:
         "--resume_from",
         help='a training checkpoint (a folder, or a .pth), or "latest": the newest whole one of the work_dir, if any',
     )
+    parser.add_argument(
+        "--plan",
+        type=at_least(1),
+        metavar="PROCESSES",
+        help="print parameters, memory of each GPU and steps of a run in so many processes, and train nothing",
+    )
     return parser
 
 
-def run(config_path: str, resume_from: str | None, overrides: list[str]) -> None:
-    """Load the config, train."""
+def run(config_path: str, resume_from: str | None, processes: int | None, overrides: list[str]) -> None:
+    """Load the config, train; or plan it for `processes`."""
     from sana.config import load_config
     from sana.utils import logging
 
     logging.configure()
     config = load_config(config_path, overrides)
+
+    if processes is not None:
+        from sana.training.plan import plan
+
+        print(plan(config, processes))
+        return
+
+    if config.caching:
+        from sana.training.feature_cache import extract
+
+        print(extract(config))
+        return
 
     from sana.training.trainer import Trainer  # after the config's errors: it imports torch
 
@@ -43,7 +61,7 @@ def main() -> None:
     """Parse and run."""
     parser = build_parser()
     args, overrides = parser.parse_known_args()
-    parser.run(run, args.config_path, args.resume_from, overrides)
+    parser.run(run, args.config_path, args.resume_from, args.plan, overrides)
 
 
 if __name__ == "__main__":

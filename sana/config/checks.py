@@ -16,7 +16,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.transform": ("default_train",),
     "data.caption_selection_type": ("clipscore", "softmax", "proportion"),
     "model.mixed_precision": ("fp16", "bf16", "fp32"),
-    "model.attn_type": ("linear",),
+    "model.attn_type": ("linear", "triton_linear"),
+    "model.kernels": (None, "auto", "torch", "triton"),
     "model.ffn_type": ("glumbconv",),
     "model.mlp_acts": (("silu", "silu", None),),
     "model.guidance_type": ("classifier-free", "classifier-free_PAG"),
@@ -32,6 +33,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "train.lr_schedule": ("constant", "cosine", "cosine_decay_to_constant"),
     "report_to": ("tensorboard", "wandb", "none"),
 }
+_REFUSED = {
+    ("model.ffn_type", "triton_mbconvpreglu"): (
+        "is another architecture, with the gate before the depthwise convolution: no released weights fit it; use "
+        "glumbconv, whose kernels model.kernels chooses"
+    )
+}
+"""Published values that cannot work, and why."""
 _ABOVE_ZERO = (
     "data.num_scenes",
     "data.clip_thr_temperature",
@@ -90,7 +98,9 @@ def check(config: SanaConfig, source: str) -> None:
 def _value_faults(config: SanaConfig) -> Faults:
     for key, choices in _CHOICES.items():
         value = attrgetter(key)(config)
-        if value not in choices:
+        if (key, value) in _REFUSED:
+            yield key, f"{value} {_REFUSED[key, value]}"
+        elif value not in choices:
             yield key, f"expected {' or '.join(_yaml(choice) for choice in choices)}, got {_yaml(value)}"
     for keys, fits, expected in (
         (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
@@ -126,6 +136,7 @@ def _agreement_faults(config: SanaConfig) -> Faults:
             f"expected at least 2 (start token and prompt), got {text.model_max_length}",
         )
     yield from _sprint_faults(config)
+    yield from _lora_faults(config)
 
 
 def _sprint_faults(config: SanaConfig) -> Faults:
@@ -144,6 +155,22 @@ def _sprint_faults(config: SanaConfig) -> Faults:
                 key,
                 f"{_yaml(value)} belongs to Sprint models (SanaMSCM_...), model.model is {name}",
             )
+
+
+def _lora_faults(config: SanaConfig) -> Faults:
+    lora = config.train.lora
+    if lora is None:
+        return
+    if lora.get("rank", 0) < 1:
+        yield "train.lora.rank", f"expected a number of at least 1, got {_yaml(lora.get('rank'))}"
+    if not 0 < lora.get("alpha", 1) < math.inf:
+        yield "train.lora.alpha", f"expected a number above 0, got {_yaml(lora['alpha'])}"
+    if lora.get("target_modules") == []:
+        yield "train.lora.target_modules", "is empty; leave it out to change both attentions"
+    if not config.model.load_from:
+        yield "train.lora", "needs the weights that it changes: set model.load_from"
+    if config.train.use_fsdp:
+        yield "train.use_fsdp", "a LoRA is too small to shard: leave use_fsdp out with train.lora"
 
 
 def _optimizer_faults(train: TrainConfig) -> Faults:

@@ -25,6 +25,7 @@ OPTIMIZER_ENTRIES: dict[str, Any] = {
 }
 SCHEDULE_ENTRIES: dict[str, Any] = {"num_warmup_steps": int, "num_decay": float}
 AUTO_LR_ENTRIES: dict[str, Any] = {"rule": str}
+LORA_ENTRIES: dict[str, Any] = {"rank": int, "alpha": float, "target_modules": tuple[str, ...]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +68,9 @@ class DataConfig:
     sort_dataset: bool = False
     """Read the shards in the order of their numbers instead of the order of wids-meta.json."""
     load_text_feat: bool = False
-    """Captions are stored text features (`.npz`). Not read here: training says so and encodes captions."""
+    """Captions are stored text features (`.npz`). Not read here: `train.feature_cache_dir` keeps features."""
     load_vae_feat: bool = False
-    """Images are stored latents (`.npy`). Not read here: training says so and encodes pictures."""
+    """Images are stored latents (`.npy`). Not read here: `train.feature_cache_dir` keeps latents."""
     image_column: Optional[str] = None
     """Column of the pictures, for `SanaHFDataset`. Empty: the only column of pictures. Not a published key."""
     caption_column: Optional[str] = None
@@ -118,7 +119,11 @@ class ModelConfig:
     resume_from: ResumeConfig = field(default_factory=ResumeConfig)
     """Which run to continue."""
     attn_type: str = "linear"
-    """Self attention; `linear` (ReLU linear attention) is the only kind with released weights, hence the only one."""
+    """Self attention: `linear`, the ReLU linear attention of every released model; `triton_linear`, the same, computed by
+    the Triton kernels or not at all."""
+    kernels: Optional[str] = None
+    """Who computes the fused operations: `auto` (Triton on CUDA, PyTorch elsewhere), `torch` or `triton`, which is an error
+    where no kernel can run. Empty: by `attn_type`, `triton` for `triton_linear`, else `auto`. Not a published key."""
     linear_head_dim: int = 32
     """Channels of a linear-attention head; divides the model's width."""
     ffn_type: str = "glumbconv"
@@ -159,10 +164,10 @@ class VAEConfig:
     vae_type: str = "AutoencoderDC"
     """Kind of autoencoder; only `AutoencoderDC`. The older name `dc-ae` is read as this."""
     vae_pretrained: str = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
-    """Folder, hub name or `hf://` path in diffusers' format. The older native ids (`...-sana-1.0`) are read as their
-    `-diffusers` twins, which hold the same weights."""
+    """Folder, hub name or `hf://` path, in diffusers' format or as the authors released it (`...-sana-1.0`)."""
     weight_dtype: str = "float32"
-    """`float32`, `bfloat16` or `float16`; float16 saves memory at large sizes."""
+    """`float32` or `bfloat16`, which saves memory at large sizes. `float16`, which activations overflow, is read, and
+    sampling takes float32 instead."""
     vae_latent_dim: int = 32
     """Latent channels; must match the autoencoder."""
     vae_downsample_rate: int = 32
@@ -248,6 +253,11 @@ class TrainConfig:
     """Largest norm of the gradient, > 0; `.inf` is off. 0.1 in the published runs."""
     use_fsdp: bool = False
     """Shard parameters and optimizer state over the GPUs instead of copying them."""
+    lora: Optional[dict[str, Any]] = field(default=None, metadata={"entries": LORA_ENTRIES})
+    """Train a LoRA of the weights in `model.load_from`, which stay as they are: `rank`, `alpha` (the change is multiplied by
+    alpha / rank; the rank if absent) and `target_modules`, ends of the matrices' names, by default those of both attentions:
+    `[attn.qkv, attn.proj, cross_attn.q_linear, cross_attn.kv_linear, cross_attn.proj]`. Empty: train the weights. Not a
+    published key."""
     optimizer: dict[str, Any] = field(
         default_factory=lambda: {"type": "AdamW", "lr": 1e-4, "weight_decay": 0.03, "eps": 1e-10},
         metadata={"entries": OPTIMIZER_ENTRIES},
@@ -326,8 +336,8 @@ class TrainConfig:
     debug_nan: bool = False
     """Stop at the first module whose output is not finite and name it; slow."""
     feature_cache_dir: Optional[str] = None
-    """Folder of latents and text features, written in the first epoch and read afterwards. Empty: encode each time.
-    Not a published key."""
+    """Folder of latents and text features, as `scripts/extract_features.py` or the training itself makes it before the
+    first step. Of a complete one no encoder is loaded. Empty: encode in each step. Not a published key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -353,7 +363,7 @@ class SanaConfig:
     debug: bool = False
     """Log every step, batches of at most 64, TensorBoard."""
     caching: bool = False
-    """Only fill the dataset's caches, train nothing."""
+    """Only fill `train.feature_cache_dir`, train nothing."""
     report_to: str = "tensorboard"
     """Tracker: `tensorboard`, `wandb` or `none`. Published default `wandb`, which needs an account."""
     tracker_project_name: str = "sana"

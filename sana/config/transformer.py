@@ -34,6 +34,7 @@ def transformer_overrides(config: SanaConfig) -> dict[str, Any]:
         "class_dropout_prob": model.class_dropout_prob,
         "fp32_attention": model.fp32_attention,
         "clamp_attention": model.mixed_precision == "fp16",
+        "kernels": model.kernels or ("triton" if model.attn_type == "triton_linear" else "auto"),
         "gradient_checkpointing": config.train.grad_checkpointing,
     }
 

@@ -7,7 +7,7 @@ from sana.data.buckets import Frame
 from sana.data.captions import CaptionChoice
 from sana.data.hf_dataset import HFDataset, is_dataset
 from sana.data.image_folder import ImageFolder
-from sana.data.pictures import Reading, Samples
+from sana.data.pictures import Encodable, Reading
 from sana.data.shapes import ShapesDataset
 from sana.data.tar_shards import META, TarShards
 from sana.resolution import TABLES
@@ -18,7 +18,7 @@ log = get_logger(__name__)
 BAD_SAMPLES = "bad_samples.jsonl"
 
 
-def build_dataset(config: SanaConfig) -> Samples:
+def build_dataset(config: SanaConfig) -> Encodable:
     """The data set that a config names; its bad samples go to `work_dir/bad_samples.jsonl`.
 
     Raises:
@@ -28,7 +28,7 @@ def build_dataset(config: SanaConfig) -> Samples:
     return open_dataset(config, reading_of(config))
 
 
-def open_dataset(config: SanaConfig, reading: Reading) -> Samples:
+def open_dataset(config: SanaConfig, reading: Reading) -> Encodable:
     """The data set that a config names, read in a given way. Raises as `build_dataset`."""
     data = config.data
     if data.type == "SanaShapes":
@@ -39,7 +39,11 @@ def open_dataset(config: SanaConfig, reading: Reading) -> Samples:
         raise ConfigError(f'data.data_dir: {data.type} needs a folder: --data.data_dir="[DIR]"')
     for key in ("load_vae_feat", "load_text_feat"):
         if getattr(data, key):
-            log.warning("data.%s: stored features are not read; pictures and captions are encoded here", key)
+            log.warning(
+                "data.%s: features stored in a data set are not read; train.feature_cache_dir keeps those that are "
+                "computed here",
+                key,
+            )
     if data.type in ("SanaWebDatasetMS", "SanaWebDataset"):
         return TarShards(data.data_dir, reading, sort_shards=data.sort_dataset)
     if data.hq_only:

@@ -48,11 +48,12 @@ class HFDataset(Pictures):
         self.image_column = _column("image", image_column, pictures, rows.column_names, self.folders)
         texts = [name for name in CAPTION_COLUMNS if name in rows.column_names][:1]
         self.caption_column = _column("caption", caption_column, texts, rows.column_names, self.folders)
-        self.kinds = {
+        # In the columns' order: a set's differs between processes, and with it the caption that a seed draws.
+        self.kinds = [
             name
             for name in rows.column_names
             if f"{name}{_SCORE_END}" in rows.column_names or name in self.reading.choice.proportion
-        }
+        ]
         # Bytes as they lie in the files: decoding is ours, so that a broken picture is ours to name.
         self._rows = rows.cast_column(self.image_column, Image(decode=False))
         self._words = self._rows.remove_columns(self.image_column)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sana.data.build import build_dataset
+from sana.data.cache import StaleCache
 from sana.data.order import Order
 from sana.data.pictures import Samples
 from sana.data.quarantine import UNREADABLE, TooManyBadSamples
@@ -23,31 +24,32 @@ class Batch:
     """What one process trains on in one forward pass."""
 
     pixels: Tensor
-    """Images (B, 3, H, W) in [-1, 1], or scaled latents (B, C, h, w) from the cache."""
+    """Images (B, 3, H, W) in [-1, 1], or scaled latents (B, C, h, w) in the dtype that the cache stores."""
     captions: list[str]
     samples: list[tuple[int, int]]
     """(pass, sample number) of each place: what its noise, timestep, caption and caption dropout are drawn from. The pass
     is the epoch, but for repeats within an epoch (`Order.keys`)."""
     replaced: dict[int, int]
     """Sample number -> the one loaded in its place, for those that cannot be read."""
+    texts: list[Tensor] | None = None
+    """Hidden states (tokens, C) of each caption, in the dtype that the cache stores; None where there are none."""
 
 
-Item = tuple[
-    Tensor, str, tuple[int, int], int
-]  # pixels, caption, key of the place, number of the sample loaded
+# pixels, caption, its hidden states, key of the place, number of the sample loaded
+Item = tuple[Tensor, str, Tensor | None, tuple[int, int], int]
 
 
 class _Items(Dataset):
     """(pass, index) -> the sample, or the one that takes its place."""
 
-    def __init__(self, samples: Samples, pixels: Callable[[int], Tensor]) -> None:
-        self.samples, self.pixels = samples, pixels
+    def __init__(self, samples: Samples, text: Callable[[str], Tensor] | None) -> None:
+        self.samples, self.text = samples, text
         self.bad: set[int] = set()
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         try:
             return self._readable(*key)
-        except TooManyBadSamples:
+        except (TooManyBadSamples, StaleCache):
             raise
         except Exception as error:
             # Some exceptions (SafetensorError) cannot be sent from a worker to the main process, which then waits for ever.
@@ -62,7 +64,11 @@ class _Items(Dataset):
             if other in self.bad or samples.size(other) != size:
                 continue
             try:
-                return self.pixels(other), samples.caption(other, epoch), (epoch, index), other
+                caption = samples.caption(other, epoch)
+                text = self.text(caption) if self.text else None
+                return samples.image(other), caption, text, (epoch, index), other
+            except StaleCache:  # no fault of the sample
+                raise
             except UNREADABLE as error:
                 if samples.quarantine is None:
                     raise
@@ -72,9 +78,14 @@ class _Items(Dataset):
 
 
 def _collate(items: list[Item]) -> Batch:
-    pixels, captions, keys, loaded = zip(*items, strict=True)
-    replaced = {index: other for (_, index), other in zip(keys, loaded, strict=True) if index != other}
-    return Batch(pixels=torch.stack(pixels), captions=list(captions), samples=list(keys), replaced=replaced)
+    pixels, captions, texts, keys, loaded = zip(*items, strict=True)
+    return Batch(
+        pixels=torch.stack(pixels),
+        captions=list(captions),
+        samples=list(keys),
+        replaced={index: other for (_, index), other in zip(keys, loaded, strict=True) if index != other},
+        texts=None if texts[0] is None else list(texts),
+    )
 
 
 def batches(
@@ -86,12 +97,12 @@ def batches(
     rank: int,
     world_size: int,
     num_workers: int,
-    pixels: Callable[[int], Tensor] | None = None,
+    text: Callable[[str], Tensor] | None = None,
 ) -> Iterator[Batch]:
     """Without end, the batches of one process from `first_step` on, `accumulation` of them for each step.
 
     Args:
-        pixels: index -> what to train on; None takes `samples.image`.
+        text: caption -> its hidden states (tokens, C), where these are cached.
 
     Raises:
         ValueError: the global batch cannot be shared out evenly.
@@ -112,6 +123,6 @@ def batches(
                 yield whole[start : start + share]
             step += 1
 
-    items = _Items(samples, pixels or samples.image)
+    items = _Items(samples, text)
     workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
     return iter(DataLoader(items, batch_sampler=keys(), collate_fn=_collate, **workers))

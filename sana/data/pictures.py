@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
@@ -27,7 +28,7 @@ class Samples(Protocol):
     """What a data set must answer. A sample that cannot be read raises `sana.data.quarantine.UNREADABLE`."""
 
     name: str
-    """Says what the pictures are: equal names, equal pictures. Keys the latent cache."""
+    """Says what the pictures are, as far as the sizes and times of files do: equal names, equal pictures."""
     quarantine: Quarantine | None
     """Where samples that cannot be read are named; None: the first one is an error."""
 
@@ -47,6 +48,16 @@ class Samples(Protocol):
 
     def caption(self, index: int, epoch: int) -> str:
         """One of them, drawn from (seed, epoch, index)."""
+
+
+class Encodable(Samples, Protocol):
+    """Samples whose features can be kept."""
+
+    captions_vary: bool
+    """Whether `caption` may give what is not among `captions`: another text in each epoch."""
+
+    def digest(self, index: int) -> bytes:
+        """16 bytes that say what `image` gives: a hash of what that is made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,7 @@ class Pictures(ABC):
 
     caption_hint: str
     """What to do when there is no caption."""
+    captions_vary = False
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
@@ -137,6 +149,18 @@ class Pictures(ABC):
             return self.frame.size, self.frame.size
         height, width = self._sizes[index].tolist()
         return height, width
+
+    def digest(self, index: int) -> bytes:
+        """16 bytes that say what picture `index` is: a hash of its file, its size and the filter of the resize.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        content = self._content(index)
+        cut = repr((self.size(index), self.frame.resample.name)).encode()
+        return hashlib.sha256(
+            cut + (content if isinstance(content, bytes) else content.read_bytes())
+        ).digest()[:16]
 
     def image(self, index: int) -> Tensor:
         """Picture `index`: (3, height, width) in [-1, 1].

@@ -36,6 +36,10 @@ UNREADABLE = (
 class TooManyBadSamples(ValueError):
     """More samples cannot be read than `data.bad_sample_limit` allows."""
 
+    def __str__(self) -> str:
+        # A loader's worker hands it on with the worker's traceback before the message, which is for people.
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
 
 def allowed(share: float, samples: int) -> int:
     """How many of `samples` may be bad under `data.bad_sample_limit`: that share, but one where it is above 0."""
@@ -71,8 +75,8 @@ class Quarantine:
         if len(known) > self.limit:
             where = f", named in {self.path}" if self.path else f": {', '.join(sorted(known))}"
             raise TooManyBadSamples(
-                f"{len(known)} samples cannot be read, more than the {self.limit} that data.bad_sample_limit allows{where}; "
-                f"the last one is {sample}: {self.reasons[sample]}"
+                f"{len(known)} samples cannot be read, more than the {self.limit} that data.bad_sample_limit allows{where}"
+                f"{' (delete it once they are mended)' if self.path else ''}; the last one is {sample}: {self.reasons[sample]}"
             )
 
     def _in_file(self) -> set[str]:
@@ -84,16 +88,19 @@ class Quarantine:
     def _append(self, sample: str) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         line = (
             json.dumps({"sample": sample, "reason": self.reasons[sample][:1000]}, ensure_ascii=False) + "\n"
         )
-        # One write to a file opened for appending: lines of several processes do not mix.
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line.encode("utf-8", "replace"))
-        finally:
-            os.close(handle)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write to a file opened for appending: lines of several processes do not mix.
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(handle, line.encode("utf-8", "replace"))
+            finally:
+                os.close(handle)
+        except OSError as error:  # a full disk must not end the run over a sample; the log has named it
+            log.warning("cannot write %s: %s", self.path, error)
 
 
 def _name(line: str) -> str:

@@ -1,6 +1,7 @@
 """The shapes world as training data: scene i is drawn, and spoken of, afresh from its number."""
 
 import functools
+import hashlib
 import random
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from sana.shapes.splits import training_scene, validation_scene
 
 class ShapesDataset:
     """Scenes 0 to `num_scenes` - 1 of a split: "train" holds no held-out combination, "validation" only such scenes."""
+
+    captions_vary = True
 
     def __init__(self, size: int, num_scenes: int, split: str = "train") -> None:
         splits: dict[str, Callable[[int], Scene]] = {"train": training_scene, "validation": validation_scene}
@@ -38,6 +41,10 @@ class ShapesDataset:
     def size(self, index: int) -> tuple[int, int]:
         """(height, width): a square, whatever `index`."""
         return self.side, self.side
+
+    def digest(self, index: int) -> bytes:
+        """16 bytes that say what the picture of scene `index` is."""
+        return hashlib.sha256(render(self.scene(index), self.side).tobytes()).digest()[:16]
 
     def image(self, index: int) -> Tensor:
         """The picture of scene `index`: (3, size, size) in [-1, 1]."""

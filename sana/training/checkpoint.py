@@ -1,12 +1,12 @@
 """Training checkpoints: one folder with everything that a run needs to go on, published in one step.
 
     epoch_3_step_1200/
-        model.safetensors       weights, under the published names
+        model.safetensors       weights, under the published names; of a LoRA its factors alone
         ema.safetensors         their average, where there is one
         optimizer.safetensors   "parameter/field" -> tensor of the optimizer's state
         rng.safetensors         "rank/kind" -> state of a random generator
         config.yaml             the resolved config
-        checkpoint.json         step, epoch, and the rest; size and SHA-256 of the other files
+        checkpoint.json         step, epoch, and the rest; SHA-256 of the other files and of itself
 
 The folder is written under a hidden name, flushed to the disk and then renamed. So a process that is killed at any moment
 leaves a whole checkpoint or a hidden folder that nothing reads. The step is the one inside, never one in a name.
@@ -34,13 +34,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sana.config import SanaConfig, dump_config
-from sana.models.key_names import NULL_CAPTION, RECOMPUTED
+from sana.models.key_names import IGNORED, NULL_CAPTION
+from sana.training.lora import header
 from sana.utils.logging import get_logger
 
 log = get_logger(__name__)
 
 ABOUT = "checkpoint.json"
 HIDDEN = ".incomplete-"
+REPLACED = ".replaced"
 FORMAT = 1
 OptimizerState = dict[str, dict[str, Any]]
 """Parameter -> field -> tensor or number."""
@@ -55,9 +57,9 @@ class TrainingState:
     epoch: int
     """Epoch of the next step, from 1."""
     weights: dict[str, Tensor]
-    """State dict of the transformer."""
+    """State dict of the transformer; of a LoRA its factors alone."""
     ema: dict[str, Tensor] | None = None
-    """State dict of the averaged transformer."""
+    """The same of the averaged transformer."""
     ema_updates: int = 0
     """Updates of the average so far."""
     optimizer: OptimizerState = field(default_factory=dict)
@@ -82,7 +84,7 @@ def write_checkpoint(folder: Path, state: TrainingState, config: SanaConfig) -> 
     hidden = folder / f"{HIDDEN}{secrets.token_hex(8)}"
     hidden.mkdir(parents=True)
     try:
-        architecture = {"architecture": config.model.model, "format": "pt"}
+        architecture = {"architecture": config.model.model, "format": "pt"} | header(config.train.lora)
         save_file(_storable(state.weights), hidden / "model.safetensors", architecture)
         if state.ema is not None:
             save_file(_storable(state.ema), hidden / "ema.safetensors", architecture)
@@ -98,7 +100,7 @@ def write_checkpoint(folder: Path, state: TrainingState, config: SanaConfig) -> 
             "step": state.step,
             "epoch": state.epoch,
             # A run that goes back to an earlier checkpoint writes smaller steps again: this says what is newest.
-            "number": 1 + max((_about(other)["number"] for other in _folders(folder)), default=0),
+            "number": 1 + max((_age(other)[0] for other in _folders(folder)), default=0),
             "ema_updates": state.ema_updates,
             "schedule_start": state.schedule_start,
             "scaler": state.scaler,
@@ -106,12 +108,13 @@ def write_checkpoint(folder: Path, state: TrainingState, config: SanaConfig) -> 
             "optimizer_numbers": numbers,
             "files": {file.name: _digest(file) for file in sorted(hidden.iterdir())},
         }
-        (hidden / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        (hidden / ABOUT).write_text(json.dumps(about | {"sha256": _seal(about)}, indent=1), encoding="utf-8")
         for file in hidden.iterdir():
             _flush(file)
         _flush(hidden)
+        replaced = path.with_name(f"{path.name}{REPLACED}")
         if path.exists():
-            os.rename(path, folder / f"{HIDDEN}{secrets.token_hex(8)}")
+            os.rename(path, replaced)  # not hidden: until the new one is there, it may be the newest
         os.rename(hidden, path)
         _flush(folder)
     except SafetensorError as error:  # its message ends in "... No space left on device (os error 28)"
@@ -125,6 +128,9 @@ def write_checkpoint(folder: Path, state: TrainingState, config: SanaConfig) -> 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what saves that were cut short left in `folder`; to be called by one process, while none writes."""
+    for replaced in folder.glob(f"*{REPLACED}"):
+        if replaced.with_name(replaced.name.removesuffix(REPLACED)).exists():
+            os.rename(replaced, folder / f"{HIDDEN}{secrets.token_hex(8)}")
     for hidden in folder.glob(f"{HIDDEN}*"):
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -133,7 +139,11 @@ def retain(folder: Path, keep: int) -> None:
     """Delete all checkpoint folders but the `keep` newest, by what is recorded in them; `.pth` files stay."""
     for path in sorted(_folders(folder), key=_age)[:-keep]:
         hidden = folder / f"{HIDDEN}{secrets.token_hex(8)}"
-        os.rename(path, hidden)  # so that a half-deleted one is never chosen
+        try:
+            os.rename(path, hidden)  # so that a half-deleted one is never chosen
+        except OSError as error:  # what was to be saved is saved
+            log.warning("cannot delete %s: %s", path, error)
+            continue
         shutil.rmtree(hidden, ignore_errors=True)
         log.info("deleted %s (train.keep_checkpoints: %d)", path, keep)
 
@@ -154,7 +164,13 @@ def find_checkpoint(name: str, folder: Path) -> Path | None:
         verify(path)
         return path
     files = (path for path in folder.glob("epoch_*_step_*.pth") if re.fullmatch(_NAME, path.stem))
-    candidates = [*sorted(_folders(folder), key=_age, reverse=True), *sorted(files, key=_age, reverse=True)]
+    # A folder that lost its record must not make the run begin at step 0 as if there were nothing.
+    lost = (path for path in folder.glob("epoch_*_step_*/") if not (path / ABOUT).is_file())
+    candidates = [
+        *sorted(_folders(folder), key=_age, reverse=True),
+        *sorted(files, key=_age, reverse=True),
+        *lost,
+    ]
     for path in candidates:
         try:
             verify(path)
@@ -241,9 +257,20 @@ def _age(path: Path) -> tuple[int, int]:
 def _about(path: Path) -> dict[str, Any]:
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-        return {"number": 0} | about if about["format"] == FORMAT else {}["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        seal = about.pop("sha256", None)
+        fits = about["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no training checkpoint: it has no {ABOUT} of format {FORMAT}") from error
+    if not fits:
+        raise ValueError(f"{path}: no training checkpoint of format {FORMAT} but of {about['format']!r}")
+    if seal not in (None, _seal(about)):  # None: of an earlier version of this code
+        raise ValueError(f"the checkpoint {path} is damaged: {ABOUT} is not what was written")
+    return {"number": 0} | about
+
+
+def _seal(about: dict[str, Any]) -> str:
+    """What a change of any value in it changes."""
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 def _storable(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -320,7 +347,7 @@ def _read_pth(path: Path) -> TrainingState:
 
 def _by_name(path: Path, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> OptimizerState:
     """torch's numbered optimizer state, by name: the numbers follow the order of the weights, buffers left out."""
-    names = [name for name in weights if name not in (*RECOMPUTED, NULL_CAPTION)]
+    names = [name for name in weights if name not in (*IGNORED, NULL_CAPTION)]
     numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
     if len(names) != len(numbers):
         raise ValueError(

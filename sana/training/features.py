@@ -1,63 +1,65 @@
-"""Latents of a data set, encoded once: with them, a training step needs no autoencoder."""
+"""The two encoders of a training, and what takes the text encoder's place when captions are in the cache."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
-from sana.data.loader import Samples
+from sana.config import SanaConfig
+from sana.data.cache import FeatureCache
 from sana.models.autoencoder import Autoencoder
-from sana.utils import hub
-from sana.utils.logging import get_logger
-
-log = get_logger(__name__)
+from sana.models.text_encoder import TextEncoder, TextFeatures
 
 
-def cached_latents(
-    samples: Samples,
-    autoencoder: Autoencoder,
-    autoencoder_name: str,
-    folder: Path,
-    accelerator: Accelerator,
-    batch_size: int = 32,
-) -> Callable[[int], Tensor]:
-    """Index -> scaled latent (C, h, w) of each picture of `samples`, from a file in `folder` that is written if need be.
-
-    The file's name holds a hash of the pictures' name and the autoencoder's weights: another data set or another
-    autoencoder makes another file. Encoded under bfloat16 autocast and stored in half precision: on Sana-tiny's
-    pictures that moves a latent by 0.4 % of its deviation, a tenth of the noise its decoder was trained to forgive.
-    """
-    weights = hub.sha256(hub.resolve_model(autoencoder_name))
-    key = hashlib.sha256(f"{samples.name} {weights}".encode()).hexdigest()[:16]
-    path = folder / f"latents-{key}.safetensors"
-    if accelerator.is_main_process and not path.is_file():
-        log.info("encoding %d pictures into %s", len(samples), path)
-        latents = _encode(samples, autoencoder, batch_size)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"latents": latents}, partial, {"pictures": samples.name, "autoencoder": weights})
-        partial.replace(path)
-    accelerator.wait_for_everyone()
-    with safe_open(path, "pt") as stored:
-        latents = stored.get_tensor("latents")
-    return lambda index: latents[index].float()
+def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
+    """The autoencoder as training uses it. Raises as `Autoencoder.from_pretrained`."""
+    return Autoencoder.from_pretrained(config.vae.vae_pretrained, device=device)
 
 
-@torch.no_grad()
-def _encode(samples: Samples, autoencoder: Autoencoder, batch_size: int) -> Tensor:
-    device = autoencoder.model.device
-    found = []
-    for start in tqdm(range(0, len(samples), batch_size), desc="latents"):
-        images = torch.stack([samples.image(i) for i in range(start, min(start + batch_size, len(samples)))])
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            latents = autoencoder.encode(images.to(device, memory_format=torch.channels_last))
-        found.append(latents.to("cpu", torch.float16))
-    return torch.cat(found).contiguous()  # safetensors takes no channels-last
+def load_text_encoder(config: SanaConfig, device: torch.device) -> TextEncoder:
+    """The text encoder as training uses it. Raises as `TextEncoder.from_pretrained`."""
+    return TextEncoder.from_pretrained(
+        config.text_encoder.text_encoder_name,
+        max_length=config.text_encoder.model_max_length,
+        chi_prompt=config.text_encoder.chi_prompt,
+        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        device=device,
+    )
+
+
+class CachedTextEncoder:
+    """Answers as `TextEncoder` does, from the cache: for the captions and prompts that are in it."""
+
+    def __init__(self, features: FeatureCache, max_length: int, device: torch.device) -> None:
+        self.features, self.max_length, self.device = features, max_length, device
+
+    @property
+    def hidden_size(self) -> int:
+        """C, the width of the embeddings."""
+        return self.features.null().shape[1]
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """As `TextEncoder.encode`. Raises as `FeatureCache.text`."""
+        return padded([self.features.text(prompt) for prompt in prompts], self.device, self.max_length)
+
+    def encode_unconditional(self, prompts: Sequence[str]) -> TextFeatures:
+        """As `TextEncoder.encode_unconditional`, for the empty prompt alone, of which the start token is valid."""
+        if any(prompts):
+            raise ValueError(f"the cache holds no negative prompts, got {next(filter(None, prompts))!r}")
+        null = self.features.null().to(self.device).float().repeat(len(prompts), 1, 1)
+        mask = torch.zeros(null.shape[:2], dtype=torch.int64, device=self.device)
+        mask[:, 0] = 1
+        return TextFeatures(null, mask)
+
+
+def padded(texts: Sequence[Tensor], device: torch.device, length: int | None = None) -> TextFeatures:
+    """Hidden states (tokens, C) of some texts as one float32 batch, with zeros up to `length`, or to the longest."""
+    embeds = pad_sequence(list(texts), batch_first=True).to(device).float()
+    counts = torch.tensor([len(text) for text in texts], device=device)
+    mask = (torch.arange(embeds.shape[1], device=device) < counts[:, None]).long()
+    missing = 0 if length is None else length - embeds.shape[1]
+    return TextFeatures(F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing)))

@@ -6,6 +6,7 @@ what a hundred steps gain. Times stand in the middle of eight bins of equal shar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,12 +14,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sana.config import SanaConfig
+from sana.data.cache import StaleCache
 from sana.data.captions import Caption
-from sana.data.loader import Samples
+from sana.data.loader import Batch, Samples, build_dataset
+from sana.data.pictures import Encodable
 from sana.data.quarantine import UNREADABLE
 from sana.data.shapes import ShapesDataset
 from sana.diffusion import flow
-from sana.models.text_encoder import TextEncoder, TextFeatures
+from sana.models.text_encoder import TextFeatures
+from sana.training.features import padded
 from sana.utils.logging import get_logger
 from sana.utils.seeding import generator
 
@@ -53,7 +57,7 @@ class Subset:
         return self.samples.size(self.indices[index])
 
     def image(self, index: int) -> Tensor:
-        """(3, height, width) in [-1, 1]."""
+        """(3, height, width) in [-1, 1], or a latent where the whole has latents."""
         return self.samples.image(self.indices[index])
 
     def captions(self, index: int) -> list[Caption]:
@@ -65,22 +69,40 @@ class Subset:
         return self.samples.caption(self.indices[index], epoch)
 
 
-def hold_out(config: SanaConfig, samples: Samples) -> tuple[Samples, Samples | None]:
+def data_sets(config: SanaConfig) -> dict[str, Encodable]:
+    """What a config is trained on and, where the data has pictures of its own to hold out, these; first and second.
+
+    The names tell them apart in the cache. Those of the shapes say what they are; "data" is what lies in files.
+    Raises as `build_dataset`.
+    """
+    samples = build_dataset(config)
+    if not isinstance(samples, ShapesDataset):
+        return {"data": samples}
+    sets = {samples.name: samples}
+    if config.train.heldout_samples:
+        unseen = ShapesDataset(config.model.image_size, config.train.heldout_samples, split="validation")
+        sets[unseen.name] = unseen
+    return sets
+
+
+def hold_out(
+    config: SanaConfig, samples: Samples, unseen: Samples | None = None
+) -> tuple[Samples, Samples | None]:
     """(what to train on, what to hold out): `train.heldout_samples` pictures, at most one in a hundred.
 
-    The shapes have scenes of their own for it, none of whose combinations is in training.
+    Args:
+        unseen: of the shapes, scenes none of whose combinations is in training.
     """
     count = config.train.heldout_samples
-    if count == 0:
-        return samples, None
-    if config.data.type == "SanaShapes":
-        return samples, ShapesDataset(config.model.image_size, count, split="validation")
+    if count == 0 or config.data.type == "SanaShapes":
+        return samples, unseen
     count = min(count, len(samples) // 100)
     if count == 0:
         log.info("%d pictures are too few to hold some out (100 for each): no held-out loss", len(samples))
         return samples, None
     held = torch.randperm(len(samples), generator=generator("held out", config.train.seed))[:count].tolist()
-    kept = [index for index in range(len(samples)) if index not in set(held)]
+    out = set(held)
+    kept = [index for index in range(len(samples)) if index not in out]
     return Subset(samples, kept, "train"), Subset(samples, sorted(held), "held out")
 
 
@@ -90,8 +112,8 @@ class HeldOutLoss:
     Args:
         config: its flow shift and seed.
         samples: never trained on; encoded here, once.
-        encode_images: pixels (1, 3, H, W) on the CPU -> scaled latents.
-        text_encoder: for the captions.
+        encode: as training encodes a batch.
+        text: caption -> hidden states, where they are cached.
         accelerator: the processes share the work.
     """
 
@@ -99,8 +121,8 @@ class HeldOutLoss:
         self,
         config: SanaConfig,
         samples: Samples,
-        encode_images: Callable[[Tensor], Tensor],
-        text_encoder: TextEncoder,
+        encode: Callable[[Batch], tuple[Tensor, TextFeatures]],
+        text: Callable[[str], Tensor] | None,
         accelerator: Accelerator,
     ) -> None:
         self.accelerator, self.seed = accelerator, config.train.seed
@@ -111,14 +133,20 @@ class HeldOutLoss:
         for index in range(len(samples)):
             try:
                 image, caption = samples.image(index), samples.caption(index, 0)
+                texts = [text(caption)] if text else None
+            except StaleCache:
+                raise
             except UNREADABLE as error:
                 if samples.quarantine is None:
                     raise
                 samples.quarantine.add(samples.label(index), error)
                 continue
-            text = text_encoder.encode([caption])
-            self.latents.append(encode_images(image[None])[0].cpu())
-            self.texts.append(TextFeatures(text.embeds[0].cpu(), text.mask[0].cpu()))
+            batch = Batch(
+                pixels=image[None], captions=[caption], samples=[(0, index)], replaced={}, texts=texts
+            )
+            latents, found = encode(batch)
+            self.latents.append(latents[0].cpu())
+            self.texts.append(TextFeatures(found.embeds[0].cpu(), found.mask[0].cpu()))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -138,10 +166,9 @@ class HeldOutLoss:
                     bins = torch.tensor([k for _, k in batch])
                     sums[0].index_add_(0, bins, losses)
                     sums[1].index_add_(0, bins, torch.ones_like(losses))
-        except (
-            RuntimeError
-        ) as error:  # an out-of-memory error among them; the others wait for this process's sums
-            log.warning("no held-out loss: %s", str(error).splitlines()[0])
+        except Exception as error:  # noqa: BLE001 a measurement is not worth a run; the others wait for these sums
+            first = (str(error).strip() or "no message").splitlines()[0]
+            log.warning("no held-out loss: %s: %s", type(error).__name__, first)
             sums.fill_(float("nan"))
         finally:
             model.train(was_training)
@@ -149,11 +176,10 @@ class HeldOutLoss:
         losses, counts = self.accelerator.reduce(
             sums.float().to(self.accelerator.device), reduction="sum"
         ).tolist()
-        found = {
-            f"heldout_loss/t={t:.3f}": a / n
-            for t, a, n in zip(self.times.tolist(), losses, counts, strict=True)
-        }
-        return {"heldout_loss": sum(losses) / sum(counts)} | found
+        # Not a number where every picture held out is unreadable.
+        means = [a / n if n else math.nan for a, n in zip(losses, counts, strict=True)]
+        found = {f"heldout_loss/t={t:.3f}": a for t, a in zip(self.times.tolist(), means, strict=True)}
+        return {"heldout_loss": sum(means) / BINS} | found
 
     def _batches(self) -> list[list[tuple[int, int]]]:
         """(sample, bin) pairs in batches of one picture size."""
@@ -173,9 +199,8 @@ class HeldOutLoss:
                 for i, k in batch
             ]
         ).to(device)
-        embeds = torch.stack([self.texts[index].embeds for index, _ in batch])
-        mask = torch.stack([self.texts[index].mask for index, _ in batch])
-        text = TextFeatures(embeds.to(device), mask.to(device)).trimmed()
+        texts = [self.texts[index] for index, _ in batch]
+        text = padded([one.embeds[one.mask.bool()] for one in texts], device)
         t = self.times[[k for _, k in batch]]
         with self.accelerator.autocast():
             prediction = model(

@@ -27,11 +27,16 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 SHARDABLE = ("AdamW", "Adam", "SGD")
 """Those whose arithmetic is by single values, so that a shard of a parameter is stepped as the whole would be."""
 
-STATE_FIELDS = {"AdamW": "exp_avg_sq", "Adam": "exp_avg_sq", "CAMEWrapper": "exp_avg_sq_row"} | {
-    "CAME8BitWrapper": "exp_avg_low",
-    "AdamW8bit": "state1",
+_MATRIX = {"exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col"}
+STATE_FIELDS: dict[str, tuple[str | None, set[str]]] = {
+    "AdamW": ("exp_avg_sq", _MATRIX),
+    "Adam": ("exp_avg_sq", _MATRIX),
+    "SGD": (None, {"exp_avg", "state1"}),
+    "CAMEWrapper": ("exp_avg_sq_row", {"exp_avg_low"}),
+    "CAME8BitWrapper": ("exp_avg_sq_row", set()),
+    "AdamW8bit": ("state1", set()),
 }
-"""A field that tells an optimizer's state from another's."""
+"""(a field that its state has, fields that it never has): what tells an optimizer's state from another's."""
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, batch_size: int) -> torch.optim.Optimizer:
@@ -100,7 +105,8 @@ def restore_optimizer(
     """
     fields = {field for entries in state.values() for field in entries}
     advice = "; to start it anew: model.resume_from.resume_optimizer=false"
-    if fields and STATE_FIELDS.get(kind, "") not in fields | {""}:
+    present, absent = STATE_FIELDS[kind]
+    if fields and (present not in fields | {None} or absent & fields):
         raise ValueError(
             f"the checkpoint's optimizer is no {kind}: its state is {', '.join(sorted(fields))}{advice}"
         )
@@ -111,10 +117,22 @@ def restore_optimizer(
         )
     for name, entries in state.items():
         parameter = parameters[name]
+        for field, value in entries.items():
+            if not _usable(value, parameter, eight_bit="exp_avg_low" in entries):
+                raise ValueError(
+                    f"the checkpoint's optimizer keeps {field} of {name} in another form than {kind} does here{advice}"
+                )
         optimizer.state[parameter] = {
             field: _placed(value, field, parameter) if isinstance(value, Tensor) else value
             for field, value in entries.items()
         }
+
+
+def _usable(value: Any, parameter: Tensor, *, eight_bit: bool) -> bool:
+    """Whether a state has a form that is known here: other programs' CAME keeps rows of 1x1 convolutions, or 8 bits, otherwise."""
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, int | float)
+    return value.ndim < 2 or value.shape == parameter.shape or eight_bit
 
 
 def _placed(value: Tensor, field: str, parameter: Tensor) -> Tensor:
@@ -140,22 +158,27 @@ def scaled_lr(lr: float, train: TrainConfig, batch_size: int) -> float:
     return lr * rules[rule]
 
 
-def lr_factor(train: TrainConfig, total_steps: int) -> Callable[[int], float]:
-    """Step (from 0) -> what the learning rate is multiplied by: linear warm-up, then the schedule of `train.lr_schedule`."""
+def lr_factor(train: TrainConfig, total_steps: int, batch_size: int | None = None) -> Callable[[int], float]:
+    """Step (from 0) -> what the learning rate is multiplied by: linear warm-up, then the schedule of `train.lr_schedule`.
+
+    `cosine_decay_to_constant` falls in the first `num_decay` of the run to the rate before `train.auto_lr` raised it for
+    the global `batch_size`, as in the reference; where it did not, to a tenth.
+    """
     warmup = train.lr_schedule_args.get("num_warmup_steps", 500)
-    decay_part = train.lr_schedule_args.get("num_decay", 0.667)
+    decay_steps = total_steps * train.lr_schedule_args.get("num_decay", 0.667)
+    raised = scaled_lr(1.0, train, batch_size) if batch_size else 1.0
+    final = 1 / raised if raised > 1 else 0.1
 
     def cosine(progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / max(1, warmup))
-        progress = max(0, step - warmup) / max(1, total_steps - warmup)
+        warm, since = min(1.0, (step + 1) / max(1, warmup)), max(0, step - warmup)
         if train.lr_schedule == "constant":
             return warm
         if train.lr_schedule == "cosine":
-            return warm * cosine(progress)
-        return warm * (0.1 + 0.9 * cosine(progress / decay_part))  # cosine_decay_to_constant
+            return warm * cosine(since / max(1, total_steps - warmup))
+        return warm * (final + (1 - final) * cosine(since / max(1, decay_steps - warmup)))
 
     if train.lr_schedule not in ("constant", "cosine", "cosine_decay_to_constant"):
         raise ConfigError(f"train.lr_schedule: unknown schedule {train.lr_schedule!r}")

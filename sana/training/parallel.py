@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
 
 import torch
@@ -26,6 +27,8 @@ def build_accelerator(config: SanaConfig) -> Accelerator:
     Raises:
         ConfigError: a precision that the device cannot, or that does not go with sharding.
     """
+    # DDP says it of depthwise kernels (C, 1, 3, 3), whose axis of length 1 has two correct strides.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     precision = {"fp16": "fp16", "bf16": "bf16", "fp32": "no"}[config.model.mixed_precision]
     if precision == "fp16" and not torch.cuda.is_available():
         log.warning("model.mixed_precision fp16 needs a GPU: training in bf16 instead")

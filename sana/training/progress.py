@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 
 from sana.models.transformer import TransformerConfig
@@ -13,6 +14,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -25,7 +27,8 @@ PEAK_FLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Peak of a GPU by its name, in operations a second; None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    # Whole words: an A10G is no A10, and an RTX A1000 no A100.
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def forward_flops(config: TransformerConfig, tokens: int, text_tokens: int) -> float:

@@ -11,11 +11,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from sana.config import SanaConfig
-from sana.models.state_dict import load_into, load_transformer_state
+from sana.models.state_dict import NULL_CAPTION, load_into, load_transformer_state
 from sana.training.checkpoint import TrainingState, find_checkpoint, read_checkpoint
 from sana.training.ema import EMA
+from sana.training.lora import LoraSettings, add_lora, load_trained, trained_state
 from sana.training.optim import optimizer_state, restore_optimizer
-from sana.training.parallel import whole_state
 from sana.training.rng import rng_state, set_rng_state
 from sana.utils import hub
 from sana.utils.logging import get_logger
@@ -72,16 +72,27 @@ class Resume:
         return before.optimizer if train.load_from_optimizer else {}
 
     def weights(self, transformer: nn.Module) -> bool:
-        """Load the weights, strictly; returns whether there were any."""
+        """Load the weights, strictly, and add the LoRA that `train.lora` asks for.
+
+        Returns:
+            Whether the null caption was among them: weights that come from diffusers have none.
+        """
+        known = False
+        source, lora = self.config.model.load_from, self.config.train.lora
+        if source and (self.state is None or lora):
+            weights = load_transformer_state(source)
+            load_into(transformer, weights)
+            known = NULL_CAPTION in weights
+            log.info("starting from the weights in %s", source)
+        if lora:
+            add_lora(transformer, LoraSettings.of(lora))
         if self.state is not None:
-            load_into(transformer, self.state.weights)
+            load_trained(transformer, self.state.weights)
+            known = known or NULL_CAPTION in self.state.weights
             log.info("resumed at step %d from %s", self.step, self.path)
-        elif self.config.model.load_from:
-            load_into(transformer, load_transformer_state(self.config.model.load_from))
-            log.info("starting from the weights in %s", self.config.model.load_from)
-        else:
-            return False
-        return True
+        elif not source:
+            log.info("starting from random weights: model.load_from is empty")
+        return known
 
     def average(self, ema: EMA | None) -> None:
         """Load the average, where the checkpoint has one."""
@@ -126,8 +137,8 @@ def training_state(
     return TrainingState(
         step=step,
         epoch=epoch,
-        weights=whole_state(transformer),
-        ema=whole_state(ema.model) if ema is not None else None,
+        weights=trained_state(transformer),
+        ema=trained_state(ema.model) if ema is not None else None,
         ema_updates=ema.updates if ema is not None else 0,
         optimizer=optimizer_state(transformer, optimizer),
         schedule_start=schedule_start,

@@ -24,12 +24,17 @@ log = get_logger(__name__)
 
 
 class StopRequest:
-    """Whether this process was asked to stop, by SIGTERM or because its hours are over; as a context, it listens."""
+    """Whether this process was asked to stop, by SIGTERM, by Ctrl-C or because its hours are over; as a context, it listens.
+
+    Further signals change nothing: torchrun passes on what a terminal has sent to all already.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, hours: float) -> None:
         self.signalled = False
         self._ends = time.monotonic() + hours * 3600
-        self._before: Any = None
+        self._before: list[Any] = []
 
     @property
     def wanted(self) -> bool:
@@ -38,12 +43,13 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = [signal.signal(number, self._note) for number in self.SIGNALS]
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in zip(self.SIGNALS, self._before, strict=False):
+            signal.signal(number, before)
+        self._before = []
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.signalled = True
@@ -51,9 +57,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Processes started here never see SIGTERM: schedulers send it to the whole group, and a loader's worker that died of
-    it would end the step that is about to be saved. They end with the process that started them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """Processes started here never see the signals to stop: schedulers and terminals send them to the whole group, and a
+    loader's worker that died of one would end the step that is about to be saved. They end with the process that started
+    them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         yield
     finally:

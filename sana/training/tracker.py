@@ -62,7 +62,7 @@ class Tracker:
             for name, value in values.items():
                 self._safely(lambda name=name, value=value: self._writer.add_scalar(name, value, step))
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._safely(lambda: self._wandb.log(values, step=step))
 
     def images(self, prompts: Sequence[str], pictures: Sequence[Image], step: int) -> None:
         """Record a picture for each prompt."""
@@ -81,7 +81,7 @@ class Tracker:
         if self._writer is not None:
             self._safely(self._writer.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            self._safely(self._wandb.finish)
 
     def _append(self) -> None:
         size = self.path.stat().st_size
@@ -97,7 +97,7 @@ class Tracker:
     def _safely(self, write: Any) -> None:
         try:
             write()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 a full disk, a service that is down: records are not worth a run
             if not self._warned:
                 log.warning("cannot record: %s; training goes on", error)
             self._warned = True

@@ -13,16 +13,18 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from sana.config import ConfigError, SanaConfig, dump_config, transformer_overrides
-from sana.data.loader import Batch, Order, batches, build_dataset
+from sana.data.loader import Batch, Order, batches
 from sana.diffusion import flow
-from sana.models.autoencoder import Autoencoder
 from sana.models.state_dict import save_transformer
-from sana.models.text_encoder import TextEncoder, TextFeatures
+from sana.models.text_encoder import TextFeatures
 from sana.models.zoo import build_transformer
 from sana.training.checkpoint import remove_leftovers, retain, write_checkpoint
 from sana.training.ema import EMA
-from sana.training.features import cached_latents
-from sana.training.heldout import HeldOutLoss, hold_out
+from sana.training.feature_cache import open_cache
+from sana.training.features import CachedTextEncoder, load_autoencoder, load_text_encoder, padded
+from sana.training.heldout import HeldOutLoss, data_sets, hold_out
+from sana.training.lora import FILE_NAME as LORA_FILE
+from sana.training.lora import save_lora
 from sana.training.optim import Schedule, build_optimizer, lr_factor
 from sana.training.parallel import build_accelerator, gathered, shard, whole_state
 from sana.training.progress import Progress, forward_flops
@@ -64,25 +66,35 @@ class Trainer:
         stacks = self.work_dir / "logs" / "stacks" / f"rank_{self.accelerator.process_index}.txt"
         self.watchdog = Watchdog(stacks, train.hang_minutes)
 
-        set_seed(train.seed)  # the initial weights, equal in every process
-        self.samples, held_out = hold_out(config, build_dataset(config))
+        resume = Resume(
+            config, resume_from, self.accelerator
+        )  # what is wrong with it is said before anything loads
+        with self.accelerator.main_process_first():  # the others then find the index that it has written
+            sets = data_sets(config)
+        self.cache = open_cache(config, sets, self.accelerator) if train.feature_cache_dir else None
+        if self.cache is None:
+            log.info("train.feature_cache_dir is empty: pictures and captions are encoded in every step")
+        parts = [self.cache.of(*item) for item in sets.items()] if self.cache else sets.values()
+        self.samples, held_out = hold_out(config, *parts)
         folder, label = self.work_dir / "logs" / "not_finite", self.samples.label
         self.skipped = SkippedSteps(folder, train.nonfinite_limit, label, self.accelerator)
         self.order = Order.of(self.samples, batch_size=self.batch_size, seed=train.seed)
         self.total_steps = min(train.max_steps or 10**12, train.num_epochs * self.order.steps_per_epoch)
-        self.text_encoder = TextEncoder.from_pretrained(
-            config.text_encoder.text_encoder_name,
-            max_length=config.text_encoder.model_max_length,
-            chi_prompt=config.text_encoder.chi_prompt,
-            dtype=torch.float32 if self.device.type == "cpu" else torch.bfloat16,
-            device=self.device,
+        self.cached_text = self.cache.text if self.cache and self.cache.has_texts else None
+        self.text_encoder = (
+            CachedTextEncoder(self.cache, config.text_encoder.model_max_length, self.device)
+            if self.cached_text
+            else load_text_encoder(config, self.device)
         )
-        self.autoencoder = Autoencoder.from_pretrained(config.vae.vae_pretrained, device=self.device)
-        self.pixels_are_latents = train.feature_cache_dir is not None
-        self._build(Resume(config, resume_from, self.accelerator))
+        # With a cache it is wanted for pictures to look at alone.
+        self.autoencoder = None
+        if self.cache is None or train.visualize:
+            self.autoencoder = load_autoencoder(config, self.device)
+        set_seed(train.seed)  # the initial weights, equal in every process
+        self._build(resume)
         self.validation = Validation(config, self.autoencoder, self.text_encoder) if train.visualize else None
         self.held_out_loss = held_out and HeldOutLoss(
-            config, held_out, self.encode_images, self.text_encoder, self.accelerator
+            config, held_out, self.encode, self.cached_text, self.accelerator
         )
 
     def _build(self, resume: Resume) -> None:
@@ -105,7 +117,9 @@ class Trainer:
         self.model = transformer if train.use_fsdp else self.accelerator.prepare(transformer)
         self.optimizer = self.accelerator.prepare(build_optimizer(transformer, train, self.batch_size))
         self.schedule = Schedule(
-            self.optimizer.optimizer, lr_factor(train, self.total_steps), resume.schedule_start
+            self.optimizer.optimizer,
+            lr_factor(train, self.total_steps, self.batch_size),
+            resume.schedule_start,
         )
         resume.optimizer(transformer, self.optimizer.optimizer)
         self.step = self.saved_step = resume.step
@@ -116,9 +130,10 @@ class Trainer:
 
         However it ends, all that was trained is saved.
         """
-        train, per_epoch = self.config.train, self.order.steps_per_epoch
+        train, first = self.config.train, self.step + 1
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         progress = Progress(train.log_interval, self.batch_size, device)
+        per_epoch = self.order.steps_per_epoch
         log.info("%d samples, %d steps an epoch, %d steps", len(self.samples), per_epoch, self.total_steps)
         stopping = False
         with self.stop, self.watchdog, contextlib.closing(self._start_records()) as tracker:
@@ -134,15 +149,16 @@ class Trainer:
                 stopping = stats.stopping
                 progress.add(stats, time.monotonic() - began, waited)
                 tracker.step(stats.record(self.config.loss_report_name), self.step)
-                if self.step % train.log_interval == 0:
-                    log.info(progress.line(self.step // per_epoch + 1, self.step, self.total_steps))
-                if self.step % train.eval_sampling_steps == 0 or self.step == self.total_steps:
-                    self._validate(tracker)
+                if self.step % train.log_interval == 0 or self.step == first:
+                    log.info(progress.line(self._epoch(), self.step, self.total_steps))
                 if stopping or self._is_time_to_save():
                     self.save()
+                last = self.step == self.total_steps
+                if not stopping and (last or self.step % train.eval_sampling_steps == 0):
+                    self._validate(tracker)
             finished = self.step >= self.total_steps and self.saved_step == self.step
             if finished:
-                self.export(self.work_dir / "transformer.safetensors")
+                self.export(self.work_dir / (LORA_FILE if train.lora else "transformer.safetensors"))
         log.info("%s at step %d of %d", "finished" if finished else "stopped", self.step, self.total_steps)
         return finished or not self.stop.signalled
 
@@ -203,14 +219,16 @@ class Trainer:
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, TextFeatures]:
         """Scaled latents (B, C, h, w) and text features of a batch, on the device."""
-        latents = (
-            batch.pixels.to(self.device) if self.pixels_are_latents else self.encode_images(batch.pixels)
-        )
+        if self.cache is not None:
+            latents = batch.pixels.to(self.device).float()
+        else:
+            latents = self.encode_images(batch.pixels)
+        fixed = self.config.train.compile  # for one length of text
+        if batch.texts is not None:
+            length = self.config.text_encoder.model_max_length if fixed else None
+            return latents, padded(batch.texts, self.device, length)
         text = self.text_encoder.encode(batch.captions)
-        return (
-            latents,
-            text if self.config.train.compile else text.trimmed(),
-        )  # compiled for one length of text
+        return latents, text if fixed else text.trimmed()
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -238,21 +256,15 @@ class Trainer:
         return 3 * len(latents) * forward
 
     def _batches(self) -> Iterator[Batch]:
-        train, pixels = self.config.train, None
-        if self.pixels_are_latents:
-            folder = Path(train.feature_cache_dir)
-            pixels = cached_latents(
-                self.samples, self.autoencoder, self.config.vae.vae_pretrained, folder, self.accelerator
-            )
         return batches(
             self.samples,
             self.order,
             first_step=self.step,
-            accumulation=train.gradient_accumulation_steps,
+            accumulation=self.config.train.gradient_accumulation_steps,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            num_workers=train.num_workers,
-            pixels=pixels,
+            num_workers=self.config.train.num_workers,
+            text=self.cached_text,
         )
 
     def _data_facts(self) -> dict[str, Any]:
@@ -264,6 +276,10 @@ class Trainer:
             "batch_size": order.batch_size,
             "seed": order.seed,
         }
+
+    def _epoch(self) -> int:
+        """The epoch that the last step belongs to, from 1."""
+        return max(0, self.step - 1) // self.order.steps_per_epoch + 1
 
     def _is_time_to_save(self) -> bool:
         train, per_epoch = self.config.train, self.order.steps_per_epoch
@@ -302,7 +318,7 @@ class Trainer:
             schedule_start=self.schedule.start,
             accelerator=self.accelerator,
             step=self.step,
-            epoch=self.step // self.order.steps_per_epoch + 1,
+            epoch=self._epoch(),
             data=self._data_facts(),
         )
 
@@ -315,7 +331,10 @@ class Trainer:
             self.saved_step = self.step
 
     def export(self, path: Path) -> None:
-        """Write the best weights alone, as float16 safetensors with the architecture in the metadata."""
+        """Write the best weights alone, as float16 safetensors with the architecture in the metadata; or the LoRA."""
+        if self.config.train.lora:
+            self._write(lambda: save_lora(self._best(), path))
+            return
         state, name = whole_state(self._best()), self.config.model.model
         self._write(lambda: save_transformer(state, path, dtype=torch.float16, name=name))
 

@@ -11,6 +11,7 @@ from sana.models.autoencoder import Autoencoder
 from sana.models.text_encoder import TextEncoder
 from sana.models.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
+from sana.training.features import CachedTextEncoder
 from sana.training.tracker import Tracker
 from sana.utils.images import grid, to_pil
 from sana.utils.logging import get_logger
@@ -21,7 +22,9 @@ log = get_logger(__name__)
 class Validation:
     """Draws `train.validation_prompts` into the tracker and, with `train.local_save_vis`, into `work_dir/log_vis`."""
 
-    def __init__(self, config: SanaConfig, autoencoder: Autoencoder, text_encoder: TextEncoder) -> None:
+    def __init__(
+        self, config: SanaConfig, autoencoder: Autoencoder, text_encoder: TextEncoder | CachedTextEncoder
+    ) -> None:
         self.config, self.autoencoder, self.text_encoder = config, autoencoder, text_encoder
 
     def draw(self, transformer: SanaTransformer, step: int, tracker: Tracker) -> None:

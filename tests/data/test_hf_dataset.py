@@ -86,7 +86,17 @@ def test_score_columns(tmp_path):
     found = {(caption.kind, caption.text, caption.score) for caption in rows.captions(0)}
     assert found == {("prompt", "caption 0", 20.0), ("VILA", "v0", 30.0)}
     assert rows.caption(0) == "v0" and rows.caption(1) == "caption 1"
-    assert len(HFDataset([tmp_path / "a"], Reading(frame=Frame(size=32), minimal_score=22.0))) == 1
+    good = HFDataset([tmp_path / "a"], Reading(frame=Frame(size=32), minimal_score=22.0))
+    assert len(good) == 1 and good.captions(0)[0].text == "caption 1"
+
+
+def test_captions_are_in_the_columns_order(tmp_path):
+    """A set's order differs between processes: the same seed would draw another caption."""
+    kinds = ["VILA", "b", "InternVL", "x", "a", "m", "k"]
+    columns = {kind: [f"by {kind}"] for kind in kinds} | {f"{kind}_clip_score": [30.0] for kind in kinds}
+    table(1, **columns).save_to_disk(tmp_path / "a")
+    rows = HFDataset([tmp_path / "a"], 32)
+    assert [caption.kind for caption in rows.captions(0)] == ["prompt", *kinds]
 
 
 def test_bad_rows(tmp_path):

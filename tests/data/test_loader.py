@@ -161,8 +161,24 @@ def test_no_error_of_a_worker_can_hang_the_run(workers):
 
 def test_the_limit_is_known_in_the_main_process_too(tmp_path):
     samples = Numbers(20, bad=range(20), quarantine=Quarantine(tmp_path / "bad.jsonl", 2))
-    with pytest.raises(TooManyBadSamples, match="number"):
+    with pytest.raises(TooManyBadSamples) as caught:
         next(stream(samples=samples, workers=1))
+    # One line for people, though a worker puts its traceback before it.
+    assert str(caught.value).startswith(
+        "3 samples cannot be read, more than the 2 that data.bad_sample_limit"
+    )
+    assert "bad.jsonl (delete it once they are mended); the last one is number" in str(caught.value)
+
+
+def test_a_full_disk_does_not_end_the_run_over_a_bad_sample(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sana.data.quarantine.os.open", full)
+    samples = Numbers(20, bad=[4], quarantine=Quarantine(tmp_path / "bad.jsonl", 1))
+    own = stream(samples=samples)
+    assert 4 in {number for _ in range(3) for number in next(own).replaced}
+    assert "left out number 4" in caplog.text and "cannot write" in caplog.text
 
 
 def test_a_broken_cache_file_is_a_bad_sample(tmp_path):
@@ -170,16 +186,15 @@ def test_a_broken_cache_file_is_a_bad_sample(tmp_path):
 
     (tmp_path / "latents.safetensors").write_bytes(b"not a safetensors file")
 
-    def pixels(index):
-        if index == 2:
-            with safe_open(tmp_path / "latents.safetensors", "pt") as stored:
-                return stored.get_tensor("x")
-        return torch.zeros(1)
+    class Latents(Numbers):
+        def image(self, index):
+            if index == 2:
+                with safe_open(tmp_path / "latents.safetensors", "pt") as stored:
+                    return stored.get_tensor("x")
+            return torch.zeros(1)
 
-    samples = Numbers(6, quarantine=Quarantine(tmp_path / "bad.jsonl", 1))
-    order = Order.of(samples, batch_size=6, seed=0)
-    settings = dict(first_step=0, accumulation=1, rank=0, world_size=1, num_workers=0)
-    assert next(batches(samples, order, pixels=pixels, **settings)).replaced == {2: 3}
+    samples = Latents(6, quarantine=Quarantine(tmp_path / "bad.jsonl", 1))
+    assert next(stream(samples=samples, batch_size=6)).replaced == {2: 3}
     assert "header" in (tmp_path / "bad.jsonl").read_text().lower()
 
 

@@ -27,23 +27,30 @@ def train(**changes) -> TrainConfig:
 
 
 def came_reference(weights: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Algorithm 2 of arXiv 2307.02047 on one matrix, in float64, each quantity under its letter there."""
+    """Algorithm 2 of arXiv 2307.02047 on one matrix, or what it is for a vector, in float64; the letters are its own."""
     (b1, b2, b3), (e1, e2), lr, decay = (CAME_SETTINGS[key] for key in ("betas", "eps", "lr", "weight_decay"))
-    theta = weights.double()
-    m = torch.zeros_like(theta)
-    r, c, big_r, big_c = (torch.zeros(n, dtype=torch.float64) for n in (*theta.shape, *theta.shape))
+    theta, matrix = weights.double(), weights.ndim == 2
+    m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+    shape = tuple(theta.shape) if matrix else (1, 1)
+    r, c, big_r, big_c = (torch.zeros(n, dtype=torch.float64) for n in (*shape, *shape))
     for g in (gradient.double() for gradient in gradients):
         square = g**2 + e1
-        r = b2 * r + (1 - b2) * square.mean(1)
-        c = b2 * c + (1 - b2) * square.mean(0)
-        u = g / (r[:, None] * c[None] / r.mean()).sqrt()
+        if matrix:
+            r = b2 * r + (1 - b2) * square.mean(1)
+            c = b2 * c + (1 - b2) * square.mean(0)
+            v = r[:, None] * c[None] / r.mean()
+        else:
+            v = b2 * v + (1 - b2) * square
+        u = g / v.sqrt()
         u = u / max(1.0, u.square().mean().sqrt().item())
         m = b1 * m + (1 - b1) * u
-        instability = (u - m) ** 2 + e2
-        big_r = b3 * big_r + (1 - b3) * instability.mean(1)
-        big_c = b3 * big_c + (1 - b3) * instability.mean(0)
-        theta = theta - lr * decay * theta
-        theta = theta - lr * m / (big_r[:, None] * big_c[None] / big_r.mean()).sqrt()
+        step = m
+        if matrix:
+            instability = (u - m) ** 2 + e2
+            big_r = b3 * big_r + (1 - b3) * instability.mean(1)
+            big_c = b3 * big_c + (1 - b3) * instability.mean(0)
+            step = m / (big_r[:, None] * big_c[None] / big_r.mean()).sqrt()
+        theta = theta - lr * decay * theta - lr * step
     return theta
 
 
@@ -68,6 +75,10 @@ def test_came_is_the_paper_s():
     assert torch.allclose(linear.double(), expected, rtol=1e-4, atol=1e-5)
     steps(CAME([conv], **CAME_SETTINGS), [conv], 20)  # a 1x1 convolution is a matrix
     assert torch.allclose(conv[:, :, 0, 0], linear, atol=1e-6)
+    bias = nn.Parameter(start[:, 0].clone())
+    given = steps(CAME([bias], **CAME_SETTINGS), [bias], 20)
+    expected = came_reference(start[:, 0], [gradients[0] for gradients in given])
+    assert torch.allclose(bias.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_came_keeps_rows_and_columns_of_matrices_only():
@@ -123,6 +134,55 @@ def test_state_comes_back_by_name(kind):
     assert all(torch.equal(two.state_dict()[name], value) for name, value in one.state_dict().items())
 
 
+def come_back(state: dict, kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = build_optimizer(model, train(optimizer={"type": kind, "lr": 1e-2}), 1)
+    restore_optimizer(model, optimizer, state, kind)
+    return optimizer
+
+
+def saved(kind: str, model: nn.Module, **more) -> dict:
+    optimizer = build_optimizer(model, train(optimizer={"type": kind, "lr": 1e-2, **more}), 1)
+    steps(optimizer, list(model.parameters()), 2)
+    return optimizer_state(model, optimizer)
+
+
+def test_a_small_model_s_8_bit_state_comes_back():
+    """None of its matrices is large enough for 8 bits; so CAME's own state does, too."""
+    model = nn.Linear(4, 3)
+    for kind in ("CAME8BitWrapper", "CAMEWrapper"):
+        optimizer = come_back(saved(kind, model), "CAME8BitWrapper", model)
+        steps(optimizer, list(model.parameters()), 1)
+        assert optimizer.state[model.weight]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "before, now, settings",
+    [
+        ("AdamW", "SGD", {}),
+        ("AdamW", "CAMEWrapper", {}),
+        ("SGD", "AdamW", {"momentum": 0.9}),
+        ("CAMEWrapper", "AdamW", {}),
+        ("CAME8BitWrapper", "CAMEWrapper", {"min_8bit_size": 1}),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused(before, now, settings):
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=f"the checkpoint's optimizer is no {now}: .*resume_optimizer=false"):
+        come_back(saved(before, model, **settings), now, model)
+
+
+@pytest.mark.parametrize("field, value", [("exp_avg_sq_row", torch.zeros(3, 4, 1)), ("exp_avg", [{}])])
+def test_other_programs_came_is_refused_in_one_line(field, value):
+    """came-pytorch keeps a row for each place of a 1x1 kernel; the reference's 8 bits are a list of blocks."""
+    model = nn.Conv2d(4, 3, 1)
+    state = saved("CAMEWrapper", model)
+    state["weight"][field] = value
+    with pytest.raises(
+        ValueError, match=f"keeps {field} of weight in another form than CAMEWrapper does here"
+    ):
+        come_back(state, "CAMEWrapper", model)
+
+
 def test_weight_decay_may_spare_biases_norms_and_tables():
     model = make_transformer()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -167,13 +227,24 @@ def test_the_library_s_8_bit_adam_is_taken_where_there_is_one(monkeypatch):
     [
         ("constant", {0: 0.1, 9: 1.0, 50: 1.0, 100: 1.0}),
         ("cosine", {0: 0.1, 9: 1.0, 55: 0.5, 100: 0.0}),
-        ("cosine_decay_to_constant", {9: 1.0, 100: 0.1}),
+        ("cosine_decay_to_constant", {9: 1.0, 67: 0.1, 100: 0.1}),
     ],
 )
 def test_schedules(schedule, expected):
     factor = lr_factor(train(lr_schedule=schedule, lr_schedule_args={"num_warmup_steps": 10}), 100)
     for step, value in expected.items():
         assert factor(step) == pytest.approx(value, abs=1e-6), step
+
+
+def test_decay_ends_at_the_rate_before_auto_lr_raised_it():
+    settings = train(
+        lr_schedule="cosine_decay_to_constant",
+        lr_schedule_args={"num_warmup_steps": 10, "num_decay": 0.5},
+        auto_lr={"rule": "sqrt"},
+    )
+    raised, lowered = (lr_factor(settings, 100, batch_size=size) for size in (1024, 64))
+    assert [raised(step) for step in (9, 30, 50, 99)] == pytest.approx([1.0, 0.75, 0.5, 0.5])
+    assert lowered(60) == pytest.approx(0.1)
 
 
 def test_the_rate_is_a_function_of_the_step():

@@ -1,6 +1,7 @@
 """What a run tells: held-out loss, progress line, utilisation, history and trackers."""
 
 import logging
+import math
 import re
 import sys
 import types
@@ -62,9 +63,19 @@ def test_training_goes_on_as_without_it(model, tmp_path):
 
 def test_a_failure_of_it_is_one_line(model, tmp_path, caplog):
     run = trainer(model, tmp_path, "--train.heldout_samples=2", "--train.eval_sampling_steps=1")
-    run.held_out_loss._losses = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    for error in (torch.OutOfMemoryError("no room"), KeyError()):
+        run.held_out_loss._losses = lambda *_, error=error: (_ for _ in ()).throw(error)
+        assert math.isnan(run.held_out_loss(run.transformer)["heldout_loss"])
     assert run.train()
-    assert "no held-out loss: no room" in caplog.text and run.model.training
+    assert "no held-out loss: OutOfMemoryError: no room" in caplog.text and run.model.training
+    assert "no held-out loss: KeyError: no message" in caplog.text
+
+
+def test_pictures_held_out_of_which_none_can_be_read_give_no_number(model, tmp_path):
+    run = trainer(model, tmp_path, "--train.heldout_samples=2")
+    run.held_out_loss.latents = []
+    values = run.held_out_loss(run.transformer)
+    assert len(values) == 1 + BINS and all(math.isnan(value) for value in values.values())
 
 
 class Numbers:
@@ -145,7 +156,7 @@ def test_progress_line():
     progress.add(stats(), 0.5, 0.0)
     assert "mfu 0.0%" in progress.line(1, 1, 2)
     assert (peak_flops("NVIDIA H100 PCIe"), peak_flops("NVIDIA A100-SXM4-80GB")) == (756e12, 312e12)
-    assert peak_flops("Some card") is None
+    assert [peak_flops(name) for name in ("Some card", "NVIDIA A10G", "NVIDIA RTX A1000")] == [None] * 3
 
 
 def test_durations_have_days():
@@ -217,11 +228,23 @@ def test_wandb_gets_numbers_and_pictures(model, tmp_path, monkeypatch):
     assert not list((tmp_path / "logs").glob("events*"))
 
 
+def test_a_tracker_that_fails_is_one_line(model, tmp_path, monkeypatch, caplog):
+    def down(*_, **__):
+        raise RuntimeError("the service is down")  # theirs are no OSError
+
+    wandb = types.ModuleType("wandb")
+    wandb.init, wandb.log, wandb.finish = (lambda **_: None), down, down
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert trainer(model, tmp_path, "--report_to=wandb", "--train.max_steps=2").train()
+    assert caplog.text.count("cannot record: the service is down; training goes on") == 1
+    assert len(read_history(tmp_path / "history.jsonl")) == 2
+
+
 def test_the_line_of_a_real_run(model, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         trainer(model, tmp_path).train()
     lines = [text for text in caplog.messages if text.startswith("epoch ")]
-    assert len(lines) == 3  # every second of six steps
+    assert len(lines) == 4  # the first and every second of six steps
     assert re.match(
-        r"epoch 3  step 6 / 6  loss \d\.\d{4} .* images/s  data wait \d+%  eta 00:00:00", lines[-1]
+        r"epoch 2  step 6 / 6  loss \d\.\d{4} .* images/s  data wait \d+%  eta 00:00:00", lines[-1]
     )

@@ -248,6 +248,20 @@ def test_fp16_overflow_is_the_scaler_s_to_solve(model, tmp_path):
     assert any(not torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
 
 
+def test_the_scale_of_fp16_goes_on_where_it_was(model, tmp_path, monkeypatch):
+    build = trainer_module.build_accelerator
+
+    def scaling(config):
+        accelerator = build(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr(trainer_module, "build_accelerator", scaling)
+    trainer(model, tmp_path, "--train.max_steps=3").train()
+    scaler = trainer(model, tmp_path, "--train.max_steps=3", resume="latest").accelerator.scaler
+    assert scaler.get_scale() == 16.0 and scaler.state_dict()["_growth_tracker"] == 1
+
+
 # A full disk
 
 

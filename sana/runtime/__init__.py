@@ -1,0 +1,1 @@
+"""How models are run: what a computation takes before it is tried."""
