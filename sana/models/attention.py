@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sana.models.layers import RMSNorm
-from sana.ops.linear_attention import linear_attention
+from sana.ops.linear_attention import linear_attention, linear_attention_qkv
 
 LINEAR_ATTENTION_EPS = 1e-8
 """Added to the normaliser of the linear attention (reference: every SanaMS block)."""
@@ -31,21 +31,34 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def _qk_norm(hidden_size: int, wanted: bool, eps: float, kernels: str) -> nn.Module:
+    return RMSNorm(hidden_size, eps=eps, kernels=kernels) if wanted else nn.Identity()
+
+
 class LinearSelfAttention(nn.Module):
     """Self-attention with a ReLU feature map: cost linear in the number of tokens."""
 
     def __init__(
-        self, hidden_size: int, *, head_dim: int, qk_norm: bool, fp32: bool, clamp: bool = False
+        self,
+        hidden_size: int,
+        *,
+        head_dim: int,
+        qk_norm: bool,
+        fp32: bool,
+        clamp: bool = False,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
+        self.qk_norm = qk_norm
+        self.kernels = kernels
         self.num_heads = hidden_size // head_dim
         self.fp32 = fp32
         self.clamp = clamp
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.proj = nn.Linear(hidden_size, hidden_size)
         # Over the full width, before the heads are split.
-        self.q_norm = RMSNorm(hidden_size, eps=SELF_QK_NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(hidden_size, eps=SELF_QK_NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = _qk_norm(hidden_size, qk_norm, SELF_QK_NORM_EPS, kernels)
+        self.k_norm = _qk_norm(hidden_size, qk_norm, SELF_QK_NORM_EPS, kernels)
 
     def forward(self, x: torch.Tensor, *, perturbed: bool = False) -> torch.Tensor:
         """x: (B, N, D) -> (B, N, D).
@@ -53,25 +66,31 @@ class LinearSelfAttention(nn.Module):
         `perturbed` makes the attention map the identity, proj(V x), for perturbed-attention guidance
         (arXiv 2403.17377). With `clamp` the output is clipped to the range of float16, in any dtype.
         """
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if not perturbed:
+        qkv = self.qkv(x)
+        settings = {"eps": LINEAR_ATTENTION_EPS, "fp32": self.fp32, "backend": self.kernels}
+        if perturbed:
+            mixed = qkv.chunk(3, dim=-1)[2]
+        elif self.qk_norm:
+            q, k, v = qkv.chunk(3, dim=-1)
             q, k, v = (split_heads(part, self.num_heads) for part in (self.q_norm(q), self.k_norm(k), v))
-            v = merge_heads(linear_attention(q, k, v, eps=LINEAR_ATTENTION_EPS, fp32=self.fp32))
-        output = self.proj(v)
+            mixed = merge_heads(linear_attention(q, k, v, **settings))
+        else:
+            mixed = linear_attention_qkv(qkv, self.num_heads, **settings)
+        output = self.proj(mixed)
         return output.clamp(-FP16_MAX, FP16_MAX) if self.clamp else output
 
 
 class CrossAttention(nn.Module):
     """Softmax attention from image tokens to text tokens."""
 
-    def __init__(self, hidden_size: int, *, num_heads: int, qk_norm: bool) -> None:
+    def __init__(self, hidden_size: int, *, num_heads: int, qk_norm: bool, kernels: str = "auto") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q_linear = nn.Linear(hidden_size, hidden_size)
         self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        self.q_norm = RMSNorm(hidden_size, eps=CROSS_QK_NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(hidden_size, eps=CROSS_QK_NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = _qk_norm(hidden_size, qk_norm, CROSS_QK_NORM_EPS, kernels)
+        self.k_norm = _qk_norm(hidden_size, qk_norm, CROSS_QK_NORM_EPS, kernels)
 
     def keys_values(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """text: (B, L, D) -> keys and values, (B, H, L, d) each, of neither image nor timestep."""

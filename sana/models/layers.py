@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sana.ops.norm_modulate import norm_modulate
+from sana.ops.rms_norm import rms_norm
 
 NORM_EPS = 1e-6
 """eps of every LayerNorm in the transformer; none has parameters."""
@@ -21,16 +22,15 @@ TIME_CHANNELS = 256
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 or wider."""
 
-    def __init__(self, dim: int, *, eps: float) -> None:
+    def __init__(self, dim: int, *, eps: float, kernels: str = "auto") -> None:
         super().__init__()
         self.eps = eps
+        self.kernels = kernels
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., D) -> (..., D) in the dtype of x."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * self.weight.to(wide.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps, backend=self.kernels)
 
 
 class PatchEmbed(nn.Module):
@@ -114,15 +114,18 @@ class CaptionEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated LayerNorm and projection to the p x p x c values of each patch."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, *, kernels: str = "auto"
+    ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.scale_shift_table = nn.Parameter(torch.empty(2, hidden_size))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x: (B, N, D), t: (B, D), the timestep embedding itself (not t0) -> (B, N, p p c)."""
         shift, scale = (self.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
-        return self.linear(norm_modulate(x, shift, scale, eps=NORM_EPS))
+        return self.linear(norm_modulate(x, shift, scale, eps=NORM_EPS, backend=self.kernels))
 
 
 def unpatchify(patches: torch.Tensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:

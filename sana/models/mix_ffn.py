@@ -28,8 +28,9 @@ def _named_conv(conv: nn.Conv2d) -> nn.Sequential:
 class MixFFN(nn.Module):
     """1x1 convolution to 2F, SiLU, depthwise 3x3, value * SiLU(gate), 1x1 convolution back."""
 
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
+    def __init__(self, hidden_size: int, inner_size: int, *, kernels: str = "auto") -> None:
         super().__init__()
+        self.kernels = kernels
         both = 2 * inner_size
         self.inverted_conv = _named_conv(PointwiseConv(hidden_size, both, bias=True))
         self.depth_conv = _named_conv(nn.Conv2d(both, both, kernel_size=3, padding=1, groups=both))
@@ -37,6 +38,7 @@ class MixFFN(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """x: (B, h w, D), grid = (h, w) -> (B, h w, D)."""
-        x = F.silu(self.inverted_conv(x)).unflatten(1, grid)
+        x = self.inverted_conv(x).unflatten(1, grid)
         depth = self.depth_conv.conv
-        return self.point_conv(depthwise_glu(x, depth.weight, depth.bias).flatten(1, 2))
+        x = depthwise_glu(x, depth.weight, depth.bias, silu=True, backend=self.kernels)
+        return self.point_conv(x.flatten(1, 2))

@@ -24,6 +24,7 @@ from sana.models.layers import (
     unpatchify,
 )
 from sana.models.mix_ffn import MixFFN
+from sana.ops.gate_residual import gate_residual
 from sana.ops.norm_modulate import norm_modulate
 
 CAPTION_NORM_EPS = 1e-5
@@ -80,6 +81,8 @@ class TransformerConfig:
     """Multiplies the guidance scale before it is embedded."""
     timestep_norm_scale_factor: float = 1.0
     """Divides the timestep before it is embedded; 1000 in Sprint."""
+    kernels: str = "auto"
+    """Implementation of the fused operations, `backend` of `sana.ops`: auto, torch or triton."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
 
@@ -126,9 +129,13 @@ class SanaBlock(nn.Module):
             qk_norm=config.qk_norm,
             fp32=config.fp32_attention,
             clamp=config.clamp_attention,
+            kernels=config.kernels,
         )
-        self.cross_attn = CrossAttention(dim, num_heads=config.num_heads, qk_norm=config.cross_norm)
-        self.mlp = MixFFN(dim, int(config.mlp_ratio * dim))
+        self.cross_attn = CrossAttention(
+            dim, num_heads=config.num_heads, qk_norm=config.cross_norm, kernels=config.kernels
+        )
+        self.mlp = MixFFN(dim, int(config.mlp_ratio * dim), kernels=config.kernels)
+        self.kernels = config.kernels
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def forward(
@@ -148,11 +155,11 @@ class SanaBlock(nn.Module):
         modulation = (self.scale_shift_table[None] + t0).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         keys, values = self.cross_attn.keys_values(text) if isinstance(text, torch.Tensor) else text
-        x = x + gate_attn * self.attn(
-            norm_modulate(x, shift_attn, scale_attn, eps=NORM_EPS), perturbed=perturbed
-        )
+        normed = norm_modulate(x, shift_attn, scale_attn, eps=NORM_EPS, backend=self.kernels)
+        x = gate_residual(x, gate_attn, self.attn(normed, perturbed=perturbed), backend=self.kernels)
         x = x + self.cross_attn(x, keys, values, mask)  # no norm before it and no gate: as published
-        return x + gate_mlp * self.mlp(norm_modulate(x, shift_mlp, scale_mlp, eps=NORM_EPS), grid)
+        normed = norm_modulate(x, shift_mlp, scale_mlp, eps=NORM_EPS, backend=self.kernels)
+        return gate_residual(x, gate_mlp, self.mlp(normed, grid), backend=self.kernels)
 
 
 class SanaTransformer(nn.Module):
@@ -174,9 +181,11 @@ class SanaTransformer(nn.Module):
             self.cfg_embedder = TimestepEmbedder(dim)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = CaptionEmbedder(config.caption_channels, dim, max_length=config.model_max_length)
-        self.attention_y_norm = RMSNorm(dim, eps=CAPTION_NORM_EPS) if config.y_norm else nn.Identity()
+        self.attention_y_norm = (
+            RMSNorm(dim, eps=CAPTION_NORM_EPS, kernels=config.kernels) if config.y_norm else nn.Identity()
+        )
         self.blocks = nn.ModuleList(SanaBlock(config) for _ in range(config.depth))
-        self.final_layer = FinalLayer(dim, config.patch_size, config.out_channels)
+        self.final_layer = FinalLayer(dim, config.patch_size, config.out_channels, kernels=config.kernels)
         self.initialize_weights()
 
     @property

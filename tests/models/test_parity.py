@@ -15,6 +15,7 @@ import sana.models.layers as layers
 import sana.ops.linear_attention as linear_attention
 import sana.ops.mix_ffn as mix_ffn_op
 import sana.ops.norm_modulate as norm_modulate
+import sana.ops.rms_norm as rms_norm
 from sana.models import transformer
 from sana.models.mix_ffn import MixFFN
 from sana.models.state_dict import from_diffusers
@@ -82,7 +83,7 @@ MUTATIONS = {
     "mask ignored": (attention, "softmax_attention", "attn_mask=mask", "attn_mask=None"),
     "mask inverted": (attention, "softmax_attention", "attn_mask=mask", "attn_mask=~mask"),
     "value and gate swapped": (mix_ffn_op, "depthwise_glu_reference", "value, gate =", "gate, value ="),
-    "first SiLU dropped": (MixFFN, "forward", "F.silu(self.inverted_conv(x))", "self.inverted_conv(x)"),
+    "first SiLU dropped": (MixFFN, "forward", "silu=True", "silu=False"),
     "second SiLU dropped": (mix_ffn_op, "depthwise_glu_reference", "F.silu(gate)", "gate"),
     "depthwise filter flipped": (
         mix_ffn_op,
@@ -103,12 +104,17 @@ MUTATIONS = {
         "shift_mlp, scale_mlp, gate_mlp =",
         "shift_mlp, gate_mlp, scale_mlp =",
     ),
-    "attention gate dropped": (transformer.SanaBlock, "forward", "gate_attn * self", "self"),
+    "attention gate dropped": (
+        transformer.SanaBlock,
+        "forward",
+        "gate_attn, self.attn",
+        "0 * gate_attn + 1, self.attn",
+    ),
     "cross attention after a norm": (
         transformer.SanaBlock,
         "forward",
         "self.cross_attn(x,",
-        "self.cross_attn(norm_modulate(x, 0, 0, eps=NORM_EPS),",
+        "self.cross_attn(norm_modulate(x, 0 * gate_attn, 0 * gate_attn, eps=NORM_EPS),",
     ),
     "scale without one": (norm_modulate, "norm_modulate_reference", "(1 + scale)", "scale"),
     "final shift and scale swapped": (layers.FinalLayer, "forward", "shift, scale =", "scale, shift ="),
@@ -119,7 +125,12 @@ MUTATIONS = {
         "self.final_layer(x, t0[:, 0])",
     ),
     "cross keys and values swapped": (attention.CrossAttention, "keys_values", "k, v =", "v, k ="),
-    "qkv read as kqv": (attention.LinearSelfAttention, "forward", "q, k, v = self.qkv", "k, q, v = self.qkv"),
+    "qkv read as kqv": (
+        attention.LinearSelfAttention,
+        "forward",
+        "q, k, v = qkv.chunk",
+        "k, q, v = qkv.chunk",
+    ),
     "heads interleaved": (
         attention,
         "split_heads",
@@ -139,7 +150,7 @@ MUTATIONS = {
         "self.attention_y_norm(self.y_embedder(text_embeds.to(self.dtype)))",
         "self.y_embedder(text_embeds.to(self.dtype))",
     ),
-    "norm weight dropped": (layers.RMSNorm, "forward", " * self.weight.to(wide.dtype)", ""),
+    "norm weight dropped": (rms_norm, "rms_norm_reference", " * weight.to(wide.dtype)", ""),
     "GELU exact": (layers.CaptionProjection, "forward", 'approximate="tanh"', 'approximate="none"'),
     "sine before cosine in time": (
         layers,
