@@ -20,6 +20,17 @@ def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
     return Autoencoder.from_pretrained(config.vae.vae_pretrained, device=device)
 
 
+PIXELS_AT_ONCE = 2**21
+"""In float32 the published autoencoder has 2.5 GiB in passing for each 2**20 pixels: the whole batch of a published run
+would take 20 GiB, more than anything else in its step."""
+
+
+def encode_pictures(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/32, W/32), `PIXELS_AT_ONCE` at a time, one image at least."""
+    count = max(1, PIXELS_AT_ONCE // pixels[0, 0].numel())
+    return torch.cat([autoencoder.encode(part) for part in pixels.split(count)])
+
+
 def load_text_encoder(config: SanaConfig, device: torch.device) -> TextEncoder:
     """The text encoder as training uses it. Raises as `TextEncoder.from_pretrained`."""
     return TextEncoder.from_pretrained(

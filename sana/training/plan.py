@@ -21,6 +21,7 @@ from sana.models.checkpoints import AUTOENCODERS
 from sana.models.transformer import SanaTransformer
 from sana.models.zoo import build_transformer
 from sana.runtime.memory import GIB, Allocations, Component, LikeAutocast, peak_of, table, tensor_bytes
+from sana.training.features import PIXELS_AT_ONCE, encode_pictures
 from sana.training.heldout import data_sets, hold_out
 from sana.training.lora import LoraSettings, add_lora
 from sana.training.optim import SHARDABLE, build_optimizer
@@ -256,13 +257,14 @@ def _autoencoder(config: SanaConfig) -> Part:
                 name=f"autoencoder {name}",
             ), None
     count = config.train.train_batch_size
-    peak = peak_of(lambda: Autoencoder(model).encode(torch.empty(count, 3, side, side, device="meta")))
-    note = f"{count} x {side} x {side} pixels"
+    encoder = Autoencoder(model)
+    peak = peak_of(lambda: encode_pictures(encoder, torch.empty(count, 3, side, side, device="meta")))
+    note = f"{count} x {side} x {side} pixels, {max(1, PIXELS_AT_ONCE // side**2)} pictures at a time"
     return _weights("autoencoder", model), Component(name="pictures to latents", bytes=peak, note=note)
 
 
 def _text_encoder(config: SanaConfig) -> Part:
-    from transformers import AutoConfig, AutoModel, Gemma2Config
+    from transformers import AutoConfig, AutoModel, DynamicCache, Gemma2Config
 
     settings = config.text_encoder
     name, folder = settings.text_encoder_name, _local(settings.text_encoder_name)
@@ -277,12 +279,22 @@ def _text_encoder(config: SanaConfig) -> Part:
         ), None
     with torch.device("meta"):
         model = AutoModel.from_config(architecture, dtype=torch.bfloat16)
-    count = config.train.train_batch_size
-    length = settings.model_max_length + len("\n".join(settings.chi_prompt)) // _CHARACTERS_A_TOKEN
-    ids = torch.zeros(count, length, dtype=torch.long, device="meta")
-    peak = peak_of(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0])
-    note = f"{count} x {length} tokens at most"
-    return _weights("text encoder", model), Component(name="captions to features", bytes=peak, note=note)
+    count, length = config.train.train_batch_size, settings.model_max_length
+    before = len("\n".join(settings.chi_prompt)) // _CHARACTERS_A_TOKEN
+    ids = torch.zeros(count, before + length, dtype=torch.long, device="meta")
+
+    def read() -> None:
+        """As `TextEncoder` does: the instruction once, then the captions behind its keys and values."""
+        cache = DynamicCache(config=architecture)
+        if before:
+            model(input_ids=ids[:1, :before], past_key_values=cache)
+            cache.batch_repeat_interleave(count)
+        model(input_ids=ids[:, before:], attention_mask=torch.ones_like(ids), past_key_values=cache)
+
+    note = f"{count} x {length} tokens behind about {before}"
+    return _weights("text encoder", model), Component(
+        name="captions to features", bytes=peak_of(read), note=note
+    )
 
 
 def _weights(name: str, model: nn.Module) -> Component:

@@ -21,7 +21,13 @@ from sana.models.zoo import build_transformer
 from sana.training.checkpoint import remove_leftovers, retain, write_checkpoint
 from sana.training.ema import EMA
 from sana.training.feature_cache import open_cache
-from sana.training.features import CachedTextEncoder, load_autoencoder, load_text_encoder, padded
+from sana.training.features import (
+    CachedTextEncoder,
+    encode_pictures,
+    load_autoencoder,
+    load_text_encoder,
+    padded,
+)
 from sana.training.heldout import HeldOutLoss, data_sets, hold_out
 from sana.training.lora import FILE_NAME as LORA_FILE
 from sana.training.lora import save_lora
@@ -233,7 +239,7 @@ class Trainer:
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/32, W/32), on the device."""
-        return self.autoencoder.encode(pixels.to(self.device)).float()
+        return encode_pictures(self.autoencoder, pixels.to(self.device)).float()
 
     def _draws(self, batch: Batch, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Time (B,), noise like `latents` and caption dropout (B,) bool, each sample's from (seed, epoch, sample)."""

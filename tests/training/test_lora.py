@@ -108,7 +108,8 @@ def test_the_loss_falls_and_the_base_keeps_its_bits(model, tmp_path):
 
 
 def test_a_run_writes_the_lora_alone_and_the_pipeline_draws_with_it(model, tmp_path):
-    trainer = run(model, tmp_path, "--train.max_steps=3", "--train.optimizer.lr=2e-2")
+    online = "--train.feature_cache_dir="  # with both encoders, to draw with
+    trainer = run(model, tmp_path, "--train.max_steps=3", "--train.optimizer.lr=2e-2", online)
     assert trainer.train()
     assert not (tmp_path / "transformer.safetensors").exists()
     checkpoint = find_checkpoint("latest", tmp_path / "checkpoints")

@@ -13,6 +13,7 @@ from sana.models.zoo import TRANSFORMERS
 from sana.resolution import TABLES
 from sana.runtime.memory import GIB, Component
 from sana.training import plan as plan_module
+from sana.training.features import encode_pictures
 from sana.training.optim import build_optimizer
 from sana.training.plan import Plan, plan
 from tests.factories import write_model
@@ -123,7 +124,9 @@ def test_shards_and_copies(model, tmp_path):
     for name in ("transformer", "its average", "state of AdamW", "gradients"):
         assert line(shards, name).bytes == pytest.approx(line(one, name).bytes / 4, rel=0.02), name
         assert line(shards, name).parameters == line(one, name).parameters
-    assert line(shards, "gathered blocks").bytes > 4 * line(one, "transformer").bytes / 8
+    gathered = line(shards, "gathered blocks").bytes
+    assert gathered > 4 * line(one, "transformer").bytes / 8
+    assert line(shards, "forward and backward").bytes > gathered + line(shards, "gradients").bytes
 
 
 def test_accumulation_keeps_gradients(model, tmp_path):
@@ -190,3 +193,20 @@ def test_the_command_needs_neither_weights_nor_data(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "on each of 2 GPUs" in result.stdout and "GiB on each GPU" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_encoded_a_few_at_a_time():
+    """Whole batches would take most of a GPU."""
+    seen = []
+
+    class Encoder:
+        def encode(self, pixels):
+            seen.append(len(pixels))
+            return pixels.mean(dim=1)
+
+    pixels = torch.rand(5, 3, 512, 2048)
+    latents = encode_pictures(Encoder(), pixels)
+    assert torch.equal(latents, pixels.mean(dim=1)) and seen == [2, 2, 1]
+    seen.clear()
+    encode_pictures(Encoder(), torch.empty(2, 3, 2048, 2048))
+    assert seen == [1, 1]
