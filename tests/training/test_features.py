@@ -179,7 +179,8 @@ def test_two_processes_make_the_same_files(model, pictures, whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # accelerate gives each process its share of the threads, and more than one add up in another order.
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(2):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
