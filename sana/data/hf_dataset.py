@@ -90,7 +90,7 @@ class HFDataset(Pictures):
         """The folders and the row's number."""
         return f"{self.folders}, row {self._kept[index]}"
 
-    def _content(self, index: int) -> Path | bytes:
+    def content(self, index: int) -> Path | bytes:
         picture = self._rows[int(self._kept[index])][self.image_column] or {}
         if picture.get("bytes"):
             return picture["bytes"]
@@ -103,12 +103,12 @@ class HFDataset(Pictures):
         sizes: list[tuple[int, int] | str] = []
         for index in range(len(self)):
             try:
-                sizes.append(header_size(self._content(index)))
+                sizes.append(header_size(self.content(index)))
             except UNREADABLE as error:
                 sizes.append(f"cannot read the picture: {error}")
         return sizes
 
-    def _described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
+    def described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
         row = self._words[int(self._kept[index])]
         texts = {kind: row[kind] for kind in self.kinds if isinstance(row[kind], str)}
         if isinstance(row[self.caption_column], str):

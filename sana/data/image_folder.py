@@ -74,7 +74,7 @@ class ImageFolder(Pictures):
         """Path of picture `index`."""
         return str(self.paths[index])
 
-    def _content(self, index: int) -> Path:
+    def content(self, index: int) -> Path:
         return self.paths[index]
 
     def _headers(self) -> list[tuple[int, int] | str]:
@@ -87,7 +87,7 @@ class ImageFolder(Pictures):
                 sizes.append(f"cannot read the picture: {error}")
         return sizes
 
-    def _described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
+    def described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
         path = self.paths[index]
         texts: dict[str, str] = {}
         plain = path.with_suffix(".txt")

@@ -263,7 +263,7 @@ class Labelling:
 
     def _described(self, index: int) -> Described:
         """As `Pictures.captions`, but a picture without any is no error: captions are what it is here for."""
-        texts, scores = self.samples._described(index)
+        texts, scores = self.samples.described(index)
         return {kind: text.strip() for kind, text in texts.items() if text.strip()}, scores
 
     def _read_ahead(self, batch_size: int, threads: int) -> Iterator[list[_Task]]:
@@ -283,7 +283,7 @@ class Labelling:
         """A copy of the task with its picture: upright, RGB, at its full size."""
         try:
             captions = self._described(task.index)[0]
-            content = self.samples._content(task.index)
+            content = self.samples.content(task.index)
             with Image.open(BytesIO(content) if isinstance(content, bytes) else content) as image:
                 picture = ImageOps.exif_transpose(image).convert("RGB")
         except UNREADABLE as error:

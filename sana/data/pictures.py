@@ -106,11 +106,11 @@ class Pictures(ABC):
         """Path of picture `index`, or path of its shard and name in it."""
 
     @abstractmethod
-    def _content(self, index: int) -> Path | bytes:
+    def content(self, index: int) -> Path | bytes:
         """The picture's file, or its bytes."""
 
     @abstractmethod
-    def _described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
+    def described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
         """Captions and their scores, each by kind."""
 
     def _complete(
@@ -156,7 +156,7 @@ class Pictures(ABC):
         Raises:
             ValueError: the file cannot be read.
         """
-        content = self._content(index)
+        content = self.content(index)
         cut = repr((self.size(index), self.frame.resample.name)).encode()
         return hashlib.sha256(
             cut + (content if isinstance(content, bytes) else content.read_bytes())
@@ -168,7 +168,7 @@ class Pictures(ABC):
         Raises:
             ValueError: it cannot be read.
         """
-        return load_picture(self._content(index), self.size(index), self.frame.resample, self.label(index))
+        return load_picture(self.content(index), self.size(index), self.frame.resample, self.label(index))
 
     def captions(self, index: int) -> list[Caption]:
         """The captions of picture `index`, with their scores where these are known.
@@ -177,7 +177,7 @@ class Pictures(ABC):
             ValueError: there is none, or a file that should hold one cannot be read.
         """
         try:
-            texts, scores = self._described(index)
+            texts, scores = self.described(index)
         except UNREADABLE as error:
             raise ValueError(f"{self.label(index)}: {error}") from error
         try:

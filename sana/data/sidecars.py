@@ -17,7 +17,7 @@ from typing import Any
 
 from sana.data.captions import parsed
 from sana.data.image_folder import ImageFolder
-from sana.data.tar_shards import TarShards, _split
+from sana.data.tar_shards import TarShards, split_member
 from sana.utils import distributed
 from sana.utils.files import write_atomic
 
@@ -49,8 +49,8 @@ def score_suffix(kind: str) -> str:
 def place(samples: PictureFiles, index: int) -> tuple[Path, str]:
     """(what the paths of the sidecars of a sample begin with, its name in them)."""
     if isinstance(samples, TarShards):
-        shard = samples.shards[samples._shard_of[index]]
-        return shard.with_name(shard.stem), _split(samples.members[index])[0]
+        shard = samples.shards[samples.shard_of[index]]
+        return shard.with_name(shard.stem), split_member(samples.members[index])[0]
     path = samples.paths[index]
     return path.with_name(path.stem), path.stem
 

@@ -67,11 +67,11 @@ class TarShards(Pictures):
             self.members += [members[place] for place in kept]
             columns.append(table[kept])
             shard_of += [number] * len(kept)
-            keys = [_split(members[place])[0] for place in kept]
+            keys = [split_member(members[place])[0] for place in kept]
             for ranges in (*self._texts, *self._scores):
                 ranges.add(path, keys)
         self._columns = np.concatenate(columns) if columns else np.zeros((0, COLUMNS), np.int64)
-        self._shard_of = np.array(shard_of, dtype=np.int32)
+        self.shard_of = np.array(shard_of, dtype=np.int32)
         sizes = None
         if self.frame.table is not None:
             sizes = [tuple(size) for size in self._columns[:, [HEIGHT, WIDTH]].tolist()]
@@ -83,16 +83,16 @@ class TarShards(Pictures):
 
     def label(self, index: int) -> str:
         """Path of the shard and, behind a "/", the picture's name in it."""
-        return f"{self.shards[self._shard_of[index]]}/{self.members[index]}"
+        return f"{self.shards[self.shard_of[index]]}/{self.members[index]}"
 
-    def _content(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes:
         return self._part(index, PICTURE)
 
     def _part(self, index: int, column: int) -> bytes:
         start, length = self._columns[index, column : column + 2].tolist()
-        return _read(self.shards[self._shard_of[index]], start, length)
+        return _read(self.shards[self.shard_of[index]], start, length)
 
-    def _described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
+    def described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
         name = self.label(index)
         texts: dict[str, str] = {}
         if self._columns[index, TEXT]:
@@ -101,7 +101,7 @@ class TarShards(Pictures):
         own = (
             parsed(self._part(index, JSON), None, f"the JSON of {name}") if self._columns[index, JSON] else {}
         )
-        shard = self.shards[self._shard_of[index]]
+        shard = self.shards[self.shard_of[index]]
         scores: dict[str, float] = {}
         for ranges in self._scores:
             scores |= scores_of(ranges.read(index, shard), f"{shard.stem}{ranges.suffix}.json")
@@ -137,7 +137,7 @@ class TarShards(Pictures):
             entries = parsed(sidecar.read_bytes(), None, str(sidecar))
             own = {key: scores_of(entry, str(sidecar)).get("prompt", 100.0) for key, entry in entries.items()}
             least = self.reading.minimal_score
-            kept = [place for place in kept if own.get(_split(members[place])[0], 100.0) >= least]
+            kept = [place for place in kept if own.get(split_member(members[place])[0], 100.0) >= least]
         return list(kept)
 
 
@@ -281,7 +281,7 @@ def _grouped(path: Path, bad: list[list[str]]) -> Iterator[tuple[str, dict[str, 
     """(key, extension -> member) of each sample: neighbours with one key. What cannot be walked goes to `bad`."""
     key, parts = "", {}
     for member in _members(path, bad):
-        found, extension = _split(member.name)
+        found, extension = split_member(member.name)
         if not (member.isfile() and extension) or found.startswith("__"):  # "__": webdataset's own remarks
             continue
         if found != key and parts:
@@ -307,7 +307,7 @@ def _members(path: Path, bad: list[list[str]]) -> Iterator[tarfile.TarInfo]:
         bad.append(["", f"the shard cannot be read to its end: {error}"])
 
 
-def _split(member: str) -> tuple[str, str]:
+def split_member(member: str) -> tuple[str, str]:
     """(key, extension) of a member as webdataset has it: the base name is cut at its first dot."""
     folder, slash, base = member.rpartition("/")
     stem, _, extension = base.partition(".")
