@@ -71,10 +71,23 @@ _SCHEDULERS = {
 logger = get_logger(__name__)
 
 
+OF_TRAINING = ("train.", "model.cfg_scale", "model.class_dropout_prob")
+"""What the keys without effect on drawing begin with."""
+
+
 def find_config(
     config: str | Path | None = None, weights: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> SanaConfig:
-    """What entry points mean by `--config` and `--model_path`: either, both, or (None) the model of the repository."""
+    """What entry points mean by `--config` and `--model_path`: either, both, or (None) the model of the repository.
+
+    Raises:
+        ValueError: as `config_for`; or an override is of a key that acts in training alone.
+    """
+    for word in overrides:
+        key = word.removeprefix("--").partition("=")[0]
+        if key.startswith(OF_TRAINING):
+            own = "; the scale of pictures is --cfg_scale" if key == "model.cfg_scale" else ""
+            raise ValueError(f"--{key} acts in training alone, and would change nothing here{own}")
     if weights and not config:
         return config_for(weights, overrides)
     words = [f"--model.load_from={weights}"] if weights else []

@@ -259,3 +259,9 @@ def test_a_side_file_of_other_weights_is_noticed(whole, tmp_path):
         ValueError, match=rf"{hub.SIDE_FILE}: truncated or corrupt \(3 bytes\): fetch it again"
     ):
         SanaPipeline.from_folder(folder, OURS, device="cpu")
+
+
+@pytest.mark.parametrize("word", ["--train.seed=1", "train.train_batch_size=2", "--model.cfg_scale=9"])
+def test_a_key_of_training_is_no_setting_of_a_picture(word):
+    with pytest.raises(ValueError, match="acts in training alone"):
+        loading.find_config(None, None, [word])

@@ -1,9 +1,10 @@
 """What command lines share: argument types, and errors that are one line on stderr."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -12,6 +13,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: object) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(**{"formatter_class": formatter, "allow_abbrev": False} | settings)
+
+    def parse_known_args(self, *arguments: Any, **settings: Any) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, but a word that is nearly a flag of this command is an error: it would be read as a config's key."""
+        found, rest = super().parse_known_args(*arguments, **settings)
+        for word in rest:
+            name = word.partition("=")[0]
+            if near := difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.85):
+                self.error(f"unknown flag {name}; did you mean {near[0]}?")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and leave."""

@@ -51,7 +51,7 @@ def save_jpeg(image: Image.Image, path: str | Path, quality: int = 95) -> Path:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """One picture of all `images`, row by row, on white; `columns=None` makes it about square.
+    """One picture of all `images`, row by row, on white; `columns=None` makes it about square, if possible without holes.
 
     Every cell has the size of the largest picture; smaller ones are centred.
     """
@@ -59,7 +59,9 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
         raise ValueError("a grid needs at least one image, got none")
     if columns is not None and columns < 1:
         raise ValueError(f"a grid needs at least one column, got {columns}")
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    side = math.ceil(math.sqrt(len(images)))
+    whole = (count for count in range(side, 2 * side) if len(images) % count == 0)
+    columns = min(columns or next(whole, side), len(images))
     width, height = max(image.width for image in images), max(image.height for image in images)
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
     for index, image in enumerate(images):

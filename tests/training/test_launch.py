@@ -40,10 +40,10 @@ def test_a_run_that_is_stopped_says_so_and_one_that_fails_too(tmp_path):
     process.send_signal(signal.SIGTERM)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 143 and "Traceback" not in stderr
-    script.write_text("raise SystemExit(3)")
+    script.write_text('import sys; print("what is wrong", file=sys.stderr); sys.exit(2)')
     process = launch(script)
-    process.communicate(timeout=60)
-    assert process.returncode == 1
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and stderr.splitlines()[-1] == "what is wrong"
 
 
 @pytest.mark.slow

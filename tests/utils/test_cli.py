@@ -59,3 +59,19 @@ def test_wrong_flags_are_one_line(capsys):
             parser.parse_args(arguments)
         assert left.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_misspelt_flag_is_not_taken_for_a_config_key(capsys):
+    parser = Parser(prog="draw")
+    parser.add_argument("--cfg_scale")
+    assert parser.parse_known_args(["--model.cfg_scale=2", "--work_dir=x"])[1] == [
+        "--model.cfg_scale=2",
+        "--work_dir=x",
+    ]
+    for word in ("--cfg_scal=3", "--cfgscale"):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_known_args([word])
+        assert (
+            capsys.readouterr().err
+            == f"draw: error: unknown flag {word.removesuffix('=3')}; did you mean --cfg_scale?\n"
+        )

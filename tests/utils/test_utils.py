@@ -132,6 +132,11 @@ def test_grid_centres_smaller_pictures():
     assert sheet.getpixel((1, 1)) == sheet.getpixel((0, 2)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 3), (6, 3), (7, 3), (8, 4), (12, 4)])
+def test_grid_has_no_holes_where_that_is_possible(count, columns):
+    assert images.grid([Image.new("RGB", (2, 2))] * count).width == 2 * columns
+
+
 def test_grid_refuses_nothing():
     with pytest.raises(ValueError, match="at least one image"):
         images.grid([])
