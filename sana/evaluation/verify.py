@@ -40,6 +40,7 @@ from sana.pipeline import DTYPES, SAMPLERS, NonFiniteError, SanaPipeline
 from sana.shapes.render import render
 from sana.shapes.scene import Object, Scene
 from sana.utils import hub, seeding
+from sana.utils.pretrained import no_loading_bar
 
 PROMPTS = ("a red circle on a gray background", "three blue stars", "a cat on a sofa, " * 70, "")
 """Short, short, too long for any model's window, empty."""
@@ -335,7 +336,8 @@ def check_text(pipeline: SanaPipeline, goldens: Goldens) -> Iterator[Check | Ent
     ranges, features = layer_ranges(encoder.model, lambda: encoder.encode(list(PROMPTS)))
     yield check_layers(ranges, dtype, **part)
 
-    model = AutoModel.from_pretrained(encoder.model.name_or_path, dtype=dtype).to(pipeline.device).eval()
+    with no_loading_bar():
+        model = AutoModel.from_pretrained(encoder.model.name_or_path, dtype=dtype).to(pipeline.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(encoder.tokenizer.name_or_path)
     instruction = "\n".join(pipeline.config.text_encoder.chi_prompt)
     length = pipeline.config.text_encoder.model_max_length

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sana.utils import hub
+from sana.utils.pretrained import no_loading_bar
 
 T = TypeVar("T")
 
@@ -154,7 +155,8 @@ class TextEncoder(nn.Module):
         model_folder, tokenizer_folder = _find(str(name_or_path))
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-            model, report = AutoModel.from_pretrained(model_folder, dtype=dtype, output_loading_info=True)
+            with no_loading_bar():
+                model, report = AutoModel.from_pretrained(model_folder, dtype=dtype, output_loading_info=True)
         except (
             OSError,
             ValueError,

@@ -29,6 +29,9 @@ def build_accelerator(config: SanaConfig) -> Accelerator:
     """
     # DDP says it of depthwise kernels (C, 1, 3, 3), whose axis of length 1 has two correct strides.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    warnings.filterwarnings(
+        "ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset"
+    )  # accelerate shares the cores out
     precision = {"fp16": "fp16", "bf16": "bf16", "fp32": "no"}[config.model.mixed_precision]
     if precision == "fp16" and not torch.cuda.is_available():
         log.warning("model.mixed_precision fp16 needs a GPU: training in bf16 instead")

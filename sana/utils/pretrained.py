@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,21 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_LOADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, SafetensorError)
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Without the bar that transformers draws for each model it loads: between the lines of a log it says nothing."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_pretrained(
@@ -42,7 +59,8 @@ def load_pretrained(
         if wanted is not None and not isinstance(config, wanted):
             raise ValueError(f"it is a {config.model_type}, not a {wanted.model_type}")
         beside = [other.from_pretrained(folder) for other in others]
-        model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        with no_loading_bar():
+            model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except _NOT_LOADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load {what} from {str(name_or_path)!r}: {reason}") from error
