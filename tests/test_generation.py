@@ -460,7 +460,7 @@ def test_archive_grid_and_name(reference, pipeline, tmp_path, capsys):
     counting = Counting(pipeline)
     paths = generate_folder(counting, PROMPTS[:3], folder, SETTINGS, grid=grid, **extras)
     assert paths == [tmp_path / "run.tar", grid]
-    assert images.load(grid).size == (128, 128)
+    assert images.load(grid).size == (192, 64)
     assert (tmp_path / "metrics" / "tmp_run.txt").read_text() == "run\n"
     assert not folder.exists()
     generate_folder(counting, PROMPTS, folder, SETTINGS, **extras)
