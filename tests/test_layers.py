@@ -32,7 +32,7 @@ ALLOWED = {
     "serving": {"utils", "config", "resolution", "runtime", "pipeline", "generation"},
     "training": {
         *("utils", "config", "resolution", "shapes", "data", "models", "diffusion", "runtime"),
-        *("pipeline", "generation", "evaluation"),
+        *("loading", "pipeline", "generation", "evaluation"),
     },
 }
 ENTRY_POINTS = {"app", "scripts", "tools", "train_scripts", "integrations", "tests"}

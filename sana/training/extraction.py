@@ -25,7 +25,8 @@ from sana.data import cache
 from sana.data.cache import FeatureCache, Keys, StaleCache
 from sana.data.pictures import Encodable
 from sana.data.quarantine import UNREADABLE
-from sana.training.features import load_autoencoder, load_text_encoder
+from sana.loading import load_text_encoder
+from sana.training.features import load_autoencoder
 
 Processes = Accelerator | PartialState
 

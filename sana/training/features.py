@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sana.config import SanaConfig
 from sana.data.cache import FeatureCache
 from sana.models.autoencoder import Autoencoder
-from sana.models.text_encoder import TextEncoder, TextFeatures
+from sana.models.text_encoder import TextFeatures
 
 
 def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
@@ -29,17 +29,6 @@ def encode_pictures(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/32, W/32), `PIXELS_AT_ONCE` at a time, one image at least."""
     count = max(1, PIXELS_AT_ONCE // pixels[0, 0].numel())
     return torch.cat([autoencoder.encode(part) for part in pixels.split(count)])
-
-
-def load_text_encoder(config: SanaConfig, device: torch.device) -> TextEncoder:
-    """The text encoder as training uses it. Raises as `TextEncoder.from_pretrained`."""
-    return TextEncoder.from_pretrained(
-        config.text_encoder.text_encoder_name,
-        max_length=config.text_encoder.model_max_length,
-        chi_prompt=config.text_encoder.chi_prompt,
-        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
-        device=device,
-    )
 
 
 class CachedTextEncoder:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sana.config import ConfigError, SanaConfig, dump_config, transformer_overrides
 from sana.data.loader import Batch, Order, batches
 from sana.diffusion import flow
+from sana.loading import load_text_encoder
 from sana.models.state_dict import save_transformer
 from sana.models.text_encoder import TextFeatures
 from sana.models.zoo import build_transformer
@@ -25,7 +26,6 @@ from sana.training.features import (
     CachedTextEncoder,
     encode_pictures,
     load_autoencoder,
-    load_text_encoder,
     padded,
 )
 from sana.training.heldout import HeldOutLoss, data_sets, hold_out
