@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sana.data.build import build_dataset
 from sana.data.cache import StaleCache
 from sana.data.order import Order
 from sana.data.pictures import Samples
 from sana.data.quarantine import UNREADABLE, TooManyBadSamples
-
-__all__ = ["Batch", "Order", "Samples", "batches", "build_dataset"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sana.data.pictures import Samples
 from sana.utils.seeding import generator
-
-if TYPE_CHECKING:
-    from sana.data.loader import Samples
 
 
 class GlobalBatch(NamedTuple):

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sana.config import SanaConfig
+from sana.data.build import build_dataset
 from sana.data.cache import StaleCache
 from sana.data.captions import Caption
-from sana.data.loader import Batch, Samples, build_dataset
-from sana.data.pictures import Encodable
+from sana.data.loader import Batch
+from sana.data.pictures import Encodable, Samples
 from sana.data.quarantine import UNREADABLE
 from sana.data.shapes import ShapesDataset
 from sana.diffusion import flow

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sana.config import SanaConfig, transformer_overrides
-from sana.data.loader import Order
+from sana.data.order import Order
 from sana.diffusion import flow
 from sana.models.autoencoder import NATIVE_WEIGHTS, Autoencoder
 from sana.models.checkpoints import AUTOENCODERS

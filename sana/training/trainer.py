@@ -13,7 +13,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from sana.config import ConfigError, SanaConfig, dump_config, transformer_overrides
-from sana.data.loader import Batch, Order, batches
+from sana.data.loader import Batch, batches
+from sana.data.order import Order
 from sana.diffusion import flow
 from sana.loading import load_text_encoder
 from sana.models.state_dict import save_transformer

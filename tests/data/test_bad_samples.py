@@ -14,7 +14,8 @@ from PIL import Image
 
 from sana.data.buckets import Frame
 from sana.data.image_folder import ImageFolder
-from sana.data.loader import Order, batches
+from sana.data.loader import batches
+from sana.data.order import Order
 from sana.data.pictures import Pictures, Reading
 from sana.data.tar_shards import TarShards
 

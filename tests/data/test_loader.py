@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from sana.config import ConfigError, load_config
-from sana.data.loader import Order, batches, build_dataset
+from sana.data.build import build_dataset
+from sana.data.loader import batches
+from sana.data.order import Order
 from sana.data.quarantine import Quarantine, TooManyBadSamples
 
 
