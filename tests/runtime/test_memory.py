@@ -2,7 +2,7 @@
 
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -133,7 +133,8 @@ def measure(model: str, work_dir: str, words: tuple[str, ...]) -> None:
     stream = run._batches()
     for _ in range(2):
         run.train_step([next(stream)])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Of this program; ru_maxrss would be that of the process which started it, where that was larger.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     (work_dir / "memory.json").write_text(json.dumps([planned, peak - before]))
 
 
