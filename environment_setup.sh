@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-extras="train,metrics,dev" # demo, serve and quant are installed by those who use them
+extras="train,metrics,demo,serve,quant,dev" # all: the tests cover all of it
 stamp_name=".sana-setup"
 
 say() { echo "environment_setup.sh: $*" >&2; }
