@@ -304,9 +304,10 @@ class SanaPipeline:
             null = self.text_encoder.encode_unconditional(negatives)
             null = TextFeatures(null.embeds, unconditional_mask(text.mask, null.mask, null_mask))
             text, null = trim_together(text, null)  # no work on padding
-            velocity = guided(self.transformer, text, null, guidance)
             schedule, solver = SOLVERS[sampler]
-            latents = solver(velocity, noise, schedule(steps, shift=self.flow_shift), callback=callback)
+            sigmas = schedule(steps, shift=self.flow_shift)
+            velocity = guided(self.transformer, text, null, guidance, sigmas[:-1].tolist())
+            latents = solver(velocity, noise, sigmas, callback=callback)
         self._require_finite("latents", latents)
         if output_type == "latent":
             return latents

@@ -8,9 +8,8 @@ With u, c, p the network's velocities without the prompt, with it, and with it b
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -77,7 +76,11 @@ class Guidance:
 
 
 def guided(
-    model: Callable[..., Tensor], text: TextConditions, null: TextConditions | None, guidance: Guidance
+    model: Callable[..., Tensor],
+    text: TextConditions,
+    null: TextConditions | None,
+    guidance: Guidance,
+    times: Sequence[float] = (),
 ) -> Velocity:
     """A velocity v(x, t) that asks the model under guidance, for one batch of prompts.
 
@@ -90,6 +93,8 @@ def guided(
         null: features of the negative or empty prompts, batch B or 1; None is enough at guidance.scale 1.
             Its mask is used as it comes: which tokens an empty prompt attends to is the caller's choice.
         guidance: the settings.
+        times: where the solver will ask. If the model has `encode_time(times)`, it is asked for all of them at once,
+            and what it returns for a time is given in its place.
 
     Returns:
         velocity(x, t): x (B, ...), t float; result in the dtype of x. CFG is one call on the batch
@@ -98,9 +103,14 @@ def guided(
     Raises:
         ValueError: null is missing, or does not fit text; in velocity(), x is not of batch B.
     """
-    conditional_branch = _Branch(model, text.embeds, text.mask)
+    encoded = _encode_times(model, times, text.embeds.device)
+    conditional_branch = _Branch(model, text.embeds, text.mask, encoded)
     if guidance.scale != 1:
-        both_branches = _Branch(model, *_null_then_text(null, text))
+        both_branches = _Branch(model, *_null_then_text(null, text), encoded)
+    for t in times:  # now, so that no step has to
+        (both_branches if guidance.uses_cfg(t) else conditional_branch).encode_text()
+    if times and guidance.uses_pag:
+        conditional_branch.encode_text()
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if len(x) != len(text.embeds):
@@ -121,20 +131,43 @@ def guided(
 class _Branch:
     """The model with one batch of text, and the text's cross-attention cache once it has been needed."""
 
-    def __init__(self, model: Callable[..., Tensor], embeds: Tensor, mask: Tensor | None) -> None:
-        self.model, self.embeds, self.mask = model, embeds, mask
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        embeds: Tensor,
+        mask: Tensor | None,
+        times: Mapping[float, Any],
+    ) -> None:
+        self.model, self.embeds, self.mask, self.times = model, embeds, mask, times
 
-    @cached_property
-    def text_cache(self) -> Any:
+        self._text_cache: Any = None
+
+    def encode_text(self) -> Any:
+        """What the model makes of the text, kept; None if it has no `encode_text`."""
         encode_text = getattr(self.model, "encode_text", None)
-        return None if encode_text is None else encode_text(self.embeds, self.mask)
+        if self._text_cache is None and encode_text is not None:
+            self._text_cache = encode_text(self.embeds, self.mask)
+        return self._text_cache
 
     def __call__(self, x: Tensor, t: float, perturbed_blocks: tuple[int, ...] = ()) -> Tensor:
-        time = torch.full((len(x),), network_time(t), dtype=torch.float32, device=x.device)
+        time = self.times.get(t)
+        if time is None:
+            time = torch.full((len(x),), network_time(t), dtype=torch.float32, device=x.device)
         velocity = self.model(
-            x, time, self.embeds, self.mask, text_cache=self.text_cache, perturbed_blocks=perturbed_blocks
+            x, time, self.embeds, self.mask, text_cache=self.encode_text(), perturbed_blocks=perturbed_blocks
         )
         return velocity.to(x.dtype)
+
+
+def _encode_times(
+    model: Callable[..., Tensor], times: Sequence[float], device: torch.device
+) -> dict[float, Any]:
+    """What the model makes of each time, or nothing."""
+    encode_time = getattr(model, "encode_time", None)
+    if encode_time is None or not len(times):
+        return {}
+    network_times = torch.tensor([network_time(t) for t in times], dtype=torch.float32)
+    return dict(zip(times, encode_time(network_times.to(device)), strict=True))
 
 
 def _null_then_text(null: TextConditions | None, text: TextConditions) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sana.ops.linear import linear
 from sana.ops.norm_modulate import norm_modulate
 from sana.ops.rms_norm import rms_norm
 
@@ -31,6 +32,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., D) -> (..., D) in the dtype of x."""
         return rms_norm(x, self.weight, eps=self.eps, backend=self.kernels)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` through `sana.ops.linear`, for the products of all image tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) -> (..., M)."""
+        return linear(x, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):

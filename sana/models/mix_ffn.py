@@ -3,9 +3,9 @@
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from sana.ops.linear import linear
 from sana.ops.mix_ffn import depthwise_glu
 
 
@@ -17,7 +17,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_channels) -> (..., out_channels)."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return linear(x, self.weight.flatten(1), self.bias)
 
 
 def _named_conv(conv: nn.Conv2d) -> nn.Sequential:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sana.models.attention import CrossAttention, LinearSelfAttention
+from sana.models.attention import CrossAttention, FoldedText, LinearSelfAttention
 from sana.models.layers import (
     NORM_EPS,
     CaptionEmbedder,
@@ -102,16 +102,33 @@ class TransformerConfig:
             )
 
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+"""Of a text in one block, (B, H, L, d) each."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextCache:
-    """Cross-attention keys and values of every block: a function of the prompt, computed once per prompt."""
+    """What every block's cross-attention reads of the text: computed once per prompt."""
 
-    keys: tuple[torch.Tensor, ...]
-    """One (B, H, L, d) for each block."""
-    values: tuple[torch.Tensor, ...]
-    """One (B, H, L, d) for each block."""
+    blocks: tuple[KeysValues | FoldedText, ...]
+    """Keys and values, or their products with the projections, where these are less work."""
     mask: torch.Tensor | None
     """(B, 1, 1, L) bool, True = valid; None: every token."""
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.blocks[0][0])
+
+
+@dataclass(frozen=True, slots=True)
+class TimeCache:
+    """What the blocks and the final layer read of the time, of one step for the whole batch: see `encode_time`."""
+
+    blocks: torch.Tensor
+    """(depth, 1, 6, D): the modulation of each block, its own table added."""
+    embedding: torch.Tensor
+    """(1, D), for the final layer."""
 
 
 class SanaBlock(nn.Module):
@@ -143,23 +160,32 @@ class SanaBlock(nn.Module):
         x: torch.Tensor,
         t0: torch.Tensor,
         grid: tuple[int, int],
-        text: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        text: torch.Tensor | KeysValues | FoldedText,
         mask: torch.Tensor | None,
         *,
+        modulated: bool = False,
         perturbed: bool = False,
     ) -> torch.Tensor:
         """x: (B, N, D) -> (B, N, D).
 
-        t0: (B, 6, D); text: tokens (B, L, D), or cached keys and values; mask: (B, 1, 1, L) bool.
+        t0: (B or 1, 6, D), with the block's table in it if `modulated`; text: tokens (B, L, D), or what is cached of
+        them; mask: (B, 1, 1, L) bool.
         """
-        modulation = (self.scale_shift_table[None] + t0).chunk(6, dim=1)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        keys, values = self.cross_attn.keys_values(text) if isinstance(text, torch.Tensor) else text
+        modulation = t0 if modulated else self.scale_shift_table[None] + t0
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         normed = norm_modulate(x, shift_attn, scale_attn, eps=NORM_EPS, backend=self.kernels)
         x = gate_residual(x, gate_attn, self.attn(normed, perturbed=perturbed), backend=self.kernels)
-        x = x + self.cross_attn(x, keys, values, mask)  # no norm before it and no gate: as published
+        x = x + self._read_text(x, text, mask)  # no norm before it and no gate: as published
         normed = norm_modulate(x, shift_mlp, scale_mlp, eps=NORM_EPS, backend=self.kernels)
         return gate_residual(x, gate_mlp, self.mlp(normed, grid), backend=self.kernels)
+
+    def _read_text(
+        self, x: torch.Tensor, text: torch.Tensor | KeysValues | FoldedText, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        if isinstance(text, FoldedText):
+            return self.cross_attn.read(x, text)
+        keys, values = self.cross_attn.keys_values(text) if isinstance(text, torch.Tensor) else text
+        return self.cross_attn(x, keys, values, mask)
 
 
 class SanaTransformer(nn.Module):
@@ -235,13 +261,32 @@ class SanaTransformer(nn.Module):
         self._check_text(text_embeds)
         text = self._text_tokens(text_embeds)
         mask = self._attention_mask(text_mask, text)
-        pairs = [block.cross_attn.keys_values(text) for block in self.blocks]
-        return TextCache(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs), mask=mask)
+        if mask is not None and mask.all():
+            mask = None  # attention without a mask is faster; asking costs a synchronisation, once per prompt
+        blocks = []
+        for block in self.blocks:
+            keys, values = block.cross_attn.keys_values(text)
+            folds = block.cross_attn.can_fold(keys)
+            blocks.append(block.cross_attn.fold(keys, values, mask) if folds else (keys, values))
+        return TextCache(tuple(blocks), mask)
+
+    def encode_time(self, timesteps: torch.Tensor, guidance: float | None = None) -> tuple[TimeCache, ...]:
+        """All that the forward pass computes from the time alone, of every step at once: each to pass as `timestep`.
+
+        Args:
+            timesteps: (S,) in [0, 1000], one for each step.
+            guidance: as in `forward`, for all steps.
+        """
+        guidances = None if guidance is None else torch.full_like(timesteps, guidance)
+        embedding = self._embed_time(timesteps, guidances)  # (S, D)
+        tables = torch.stack([block.scale_shift_table for block in self.blocks])
+        modulation = tables[:, None] + self.t_block(embedding).unflatten(-1, (6, -1))  # (depth, S, 6, D)
+        return tuple(map(TimeCache, modulation.split(1, dim=1), embedding.split(1)))
 
     def forward(
         self,
         latents: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: torch.Tensor | TimeCache,
         text_embeds: torch.Tensor | None,
         text_mask: torch.Tensor | None = None,
         *,
@@ -254,11 +299,12 @@ class SanaTransformer(nn.Module):
 
         Args:
             latents: (B, c, h p, w p), scaled.
-            timestep: (B,) in [0, 1000], used as given, but for `timestep_norm_scale_factor`.
+            timestep: (B,) in [0, 1000], used as given, but for `timestep_norm_scale_factor`; or one of the results of
+                `encode_time`, for the whole batch (which then holds the guidance too).
             text_embeds: (B, L, C); unused, and may be None, with `text_cache`.
             text_mask: (B, L), bool or integer, non-zero = valid; None: every token is valid. Where a row has
                 no valid token, the image attends to all, as with the reference's additive bias.
-            text_cache: result of `encode_text` for the same batch; gives the same output, bit for bit.
+            text_cache: result of `encode_text` for the same batch; the output is the same but for rounding.
             perturbed_blocks: blocks whose self-attention becomes proj(V x), for the whole batch.
             drop_caption: (B,) bool, the captions to replace by the null caption. None draws them with
                 `class_dropout_prob` in training mode and drops none otherwise.
@@ -275,25 +321,28 @@ class SanaTransformer(nn.Module):
         perturbed = self._check_blocks(perturbed_blocks)
         if text_cache is not None:
             self._check_cache(text_cache, drop_caption)
-            texts, mask = list(zip(text_cache.keys, text_cache.values, strict=True)), text_cache.mask
-            text_batch = len(text_cache.keys[0])
+            texts, mask, text_batch = text_cache.blocks, text_cache.mask, text_cache.batch
         else:
             text, mask = self._embed_text(text_embeds, text_mask, drop_caption)
             texts, text_batch = [text] * len(self.blocks), len(text)
-        if not len(latents) == text_batch == timestep.numel() or timestep.ndim != 1:
+        times = (len(latents),) if isinstance(timestep, TimeCache) else tuple(timestep.shape)
+        if not (len(latents),) == (text_batch,) == times:
             raise ValueError(
                 f"one batch is needed, but there are {len(latents)} latents, {text_batch} texts "
-                f"and timesteps of shape {tuple(timestep.shape)}"
+                f"and timesteps of shape {times}"
             )
 
         x = self._embed_latents(latents, grid)
-        t = self._embed_time(timestep, guidance)
-        t0 = self.t_block(t).unflatten(-1, (6, -1))
+        if modulated := isinstance(timestep, TimeCache):
+            t, modulations = timestep.embedding, timestep.blocks
+        else:
+            t = self._embed_time(timestep, guidance)
+            modulations = [self.t_block(t).unflatten(-1, (6, -1))] * len(self.blocks)
         for index, block in enumerate(self.blocks):
-            run = partial(block, perturbed=index in perturbed)
+            run = partial(block, modulated=modulated, perturbed=index in perturbed)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 run = partial(checkpoint, run, use_reentrant=False)
-            x = run(x, t0, grid, texts[index], mask)
+            x = run(x, modulations[index], grid, texts[index], mask)
         return unpatchify(self.final_layer(x, t), grid, self.config.patch_size)
 
     def _grid(self, latents: torch.Tensor) -> tuple[int, int]:
@@ -319,9 +368,9 @@ class SanaTransformer(nn.Module):
             raise ValueError(
                 "captions cannot be dropped with text_cache: call eval(), or pass text_embeds instead"
             )
-        if len(cache.keys) != len(self.blocks):
+        if len(cache.blocks) != len(self.blocks):
             raise ValueError(
-                f"text_cache is of {len(cache.keys)} blocks, but the model has {len(self.blocks)}"
+                f"text_cache is of {len(cache.blocks)} blocks, but the model has {len(self.blocks)}"
             )
 
     def _embed_time(self, timestep: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:

@@ -287,3 +287,35 @@ def test_null_must_fit(null, message):
 def test_one_prompt_per_latent():
     with pytest.raises(ValueError, match="3 latents for 2 prompts"):
         guided(Model(), PROMPT, NULL, Guidance())(latents(batch=3), T)
+
+
+class TimeEncodingModel(CachingModel):
+    """A model with `encode_time`, which answers a time by its name."""
+
+    def encode_time(self, times):
+        self.asked = times
+        return tuple(f"time {time:g}" for time in times.tolist())
+
+    def __call__(self, x, time, embeds, mask, *, text_cache, perturbed_blocks):
+        self.calls.append({"batch": len(x), "time": time, "cache": text_cache})
+        return torch.zeros_like(x)
+
+
+def test_text_and_times_are_encoded_before_the_first_step():
+    model = TimeEncodingModel()
+    velocity = guided(model, PROMPT, NULL, Guidance(3.0, interval=(0.2, 0.8)), times=[0.9, 0.6789, 0.5])
+    assert model.asked.tolist() == [900, 678, 500] and model.asked.dtype == torch.float32
+    assert len(model.encoded) == 2 and not model.calls
+    for t in (0.6789, 0.9):
+        velocity(latents(), t)
+    assert [call["time"] for call in model.calls] == ["time 678", "time 900"]
+    assert {call["batch"]: call["cache"] for call in model.calls} == {4: 2, 2: 1}
+    velocity(latents(), 0.25)  # not announced
+    assert model.calls[-1]["time"].tolist() == [250.0] * 4
+    assert len(model.encoded) == 2
+
+
+def test_what_no_step_needs_is_not_encoded():
+    model = TimeEncodingModel()
+    guided(model, PROMPT, NULL, Guidance(3.0), times=[0.9, 0.5])
+    assert [len(embeds) for embeds, _ in model.encoded] == [4]

@@ -113,8 +113,8 @@ MUTATIONS = {
     "cross attention after a norm": (
         transformer.SanaBlock,
         "forward",
-        "self.cross_attn(x,",
-        "self.cross_attn(norm_modulate(x, 0 * gate_attn, 0 * gate_attn, eps=NORM_EPS),",
+        "self._read_text(x,",
+        "self._read_text(norm_modulate(x, 0 * gate_attn, 0 * gate_attn, eps=NORM_EPS),",
     ),
     "scale without one": (norm_modulate, "norm_modulate_reference", "(1 + scale)", "scale"),
     "final shift and scale swapped": (layers.FinalLayer, "forward", "shift, scale =", "scale, shift ="),
@@ -122,7 +122,7 @@ MUTATIONS = {
         transformer.SanaTransformer,
         "forward",
         "self.final_layer(x, t)",
-        "self.final_layer(x, t0[:, 0])",
+        "self.final_layer(x, modulations[0][:, 0])",
     ),
     "cross keys and values swapped": (attention.CrossAttention, "keys_values", "k, v =", "v, k ="),
     "qkv read as kqv": (

@@ -1,0 +1,32 @@
+"""Faster transformers by torch.compile: one block is compiled, and every block runs that code."""
+
+import torch
+
+from sana.models.layers import Linear
+from sana.models.mix_ffn import PointwiseConv
+from sana.models.transformer import SanaTransformer
+from sana.ops.linear.onednn import pack_weights
+
+SHAPES = 64
+"""How many forms of a block are kept before the compiler gives up: sizes, batches, perturbed or not, guided or not."""
+
+
+def compile_blocks(transformer: SanaTransformer, *, rows: int = 512) -> None:
+    """Compile the blocks of `transformer`, in place; the first call of a new form then takes seconds.
+
+    The second size or batch is compiled for all sizes at once, so that further ones cost nothing. Compiled code is kept on
+    disk (in TORCHINDUCTOR_CACHE_DIR, by default below the system's temporary folder), so that the next process starts
+    quickly. On a CPU the weights of the large products are packed too, which takes their memory again.
+
+    Args:
+        transformer: in eval mode, on its device, in its dtype.
+        rows: tokens of a whole batch, guidance included, for which weights are packed on a CPU.
+    """
+    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+    for block in transformer.blocks:
+        block.compile(fullgraph=True)
+    if next(transformer.parameters()).device.type == "cpu":
+        layers = [
+            module for module in transformer.blocks.modules() if isinstance(module, Linear | PointwiseConv)
+        ]
+        pack_weights((layer.weight for layer in layers), rows)
