@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sana import loading
 from sana.config import SanaConfig, load_config
 from sana.diffusion.guidance import Guidance, guided
-from sana.diffusion.scm import MAX_TIME, FreshNoise, scm, scm_schedule
+from sana.diffusion.scm import FreshNoise, scm, scm_times
 from sana.diffusion.solvers import DEFAULT_STEPS, SOLVERS, Callback
 from sana.loading import DEFAULT_CONFIG
 from sana.loading import DTYPES as DTYPES  # the names of dtypes, for callers
@@ -24,8 +23,11 @@ from sana.models.state_dict import resolve_transformer
 from sana.models.text_encoder import NULL_MASKS, TextEncoder, TextFeatures, trim_together, unconditional_mask
 from sana.models.transformer import SanaTransformer
 from sana.resolution import TABLES, Table, nearest_bucket, parse_prompt_size
+from sana.runtime.capture import CapturedTransformer
+from sana.runtime.compile import compile_blocks
 from sana.utils import hub, images, seeding
 from sana.utils.logging import get_logger
+from sana.utils.seeding import image_seed as image_seed  # for callers that draw one image of many
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,6 +62,7 @@ class SanaPipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         lowercase: bool = False,
+        compile: bool = False,
     ) -> None:
         """Build the networks of a config and load the weights that it names.
 
@@ -72,6 +75,7 @@ class SanaPipeline:
                 a CPU. The autoencoder runs in the config's `vae.weight_dtype` and the text encoder in bfloat16, as the
                 published ones were trained, both in float32 on a CPU.
             lowercase: lower-case and strip prompts, as diffusers does. The published models were trained without.
+            compile: compile the transformer, see `compile`.
 
         Raises:
             ValueError: a bad config, or a part of the model that is missing or does not fit.
@@ -90,6 +94,8 @@ class SanaPipeline:
         text_encoder = loading.load_text_encoder(config, device, lowercase=lowercase)
         self._assemble(config, transformer, autoencoder, text_encoder)
         self.weights, self._ready, self._wanted_dtype = weights, weights is not None, dtype
+        if compile:
+            self.compile()
 
     @classmethod
     def from_folder(cls, path: str | Path, overrides: Sequence[str] = (), **settings: Any) -> SanaPipeline:
@@ -143,6 +149,10 @@ class SanaPipeline:
                     f"the {what} {has} is not the {needs} that the transformer reads: use its own parts"
                 )
         self.config, self.transformer = config, transformer
+        self._network: SanaTransformer | CapturedTransformer = (
+            transformer  # as it is called: the transformer, or its capture
+        )
+        self._compiled = False
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.weights: Path | None = None
         self.loras: tuple[tuple[str, float], ...] = ()
@@ -173,7 +183,22 @@ class SanaPipeline:
             self.config, path, dtype=self._wanted_dtype, device=self.device
         )
         self.weights = resolve_transformer(path)
+        self._network = self.transformer
         self._weights_sha256, self._ready, self.loras = None, True, ()
+        return self.compile() if self._compiled else self
+
+    def compile(self) -> SanaPipeline:
+        """Compile the transformer's blocks, and on a GPU capture each step as one CUDA graph; returns self.
+
+        The first image of a new size or batch then takes some seconds to a minute more, and later ones less time than
+        without. Weights that `from_pretrained` loads afterwards are compiled too.
+        """
+        self._compiled = True
+        if self._ready:
+            tokens = (self.config.model.image_size // self.multiple) ** 2
+            compile_blocks(self.transformer, rows=2 * tokens)
+            if self.device.type == "cuda":
+                self._network = CapturedTransformer(self.transformer)
         return self
 
     def load_lora(self, path: str | Path, weight: float = 1.0) -> SanaPipeline:
@@ -282,7 +307,7 @@ class SanaPipeline:
             raise ValueError(
                 f"max_timesteps, intermediate_timesteps and timesteps belong to sampler scm, not {sampler}"
             )
-        times = _scm_times(num_inference_steps, *angles) if sampler == "scm" else None
+        times = scm_times(num_inference_steps, *angles) if sampler == "scm" else None
         steps = SAMPLERS[sampler] if num_inference_steps is None else num_inference_steps
         prompts, asked = self._read_sizes(prompt, height, width)
         size, drawn_size = self.sizes(*asked, use_resolution_binning)
@@ -306,14 +331,14 @@ class SanaPipeline:
             text, null = trim_together(text, null)  # no work on padding
             schedule, solver = SOLVERS[sampler]
             sigmas = schedule(steps, shift=self.flow_shift)
-            velocity = guided(self.transformer, text, null, guidance, sigmas[:-1].tolist())
+            velocity = guided(self._network, text, null, guidance, sigmas[:-1].tolist())
             latents = solver(velocity, noise, sigmas, callback=callback)
         self._require_finite("latents", latents)
         if output_type == "latent":
             return latents
         pixels = self.autoencoder.decode(latents).float()
         self._require_finite("pixels", pixels)
-        pixels = _cover(pixels, *size)
+        pixels = images.cover(pixels, *size)
         return images.to_pil(pixels) if output_type == "pil" else pixels
 
     def _require_weights(self) -> None:
@@ -408,7 +433,7 @@ class SanaPipeline:
         if generator is not None:
             sources, group = [generator] * (count // copies), copies
         else:
-            seeds = _image_seeds(seed, count, copies)
+            seeds = seeding.image_seeds(seed, count, copies)
             sources, group = [torch.Generator().manual_seed(image_seed) for image_seed in seeds], 1
 
         def draw() -> Tensor:
@@ -426,34 +451,6 @@ class SanaPipeline:
                 f"the {what} of image(s) {', '.join(map(str, bad))} are not finite, with the transformer in {self.dtype} and "
                 f"the autoencoder in {self.autoencoder.dtype}: use the dtype that the weights were trained in, or dtype='fp32'"
             )
-
-
-def image_seed(seed: int, prompt_index: int, sample: int) -> int:
-    """The seed of one image's noise: of sample number `sample` of prompt number `prompt_index` under `seed`."""
-    return seeding.derive_seed(seed, prompt_index, sample)
-
-
-def _image_seeds(seed: int | Sequence[int] | None, count: int, copies: int) -> list[int]:
-    if seed is None or isinstance(seed, int):
-        return [image_seed(seed or 0, *divmod(index, copies)) for index in range(count)]
-    if len(seed) != count:
-        raise ValueError(f"{len(seed)} seeds for {count} images: give one for each, or a single number")
-    return list(seed)
-
-
-def _scm_times(
-    steps: int | None, first: float | None, second: float | None, times: Sequence[float] | None
-) -> Tensor:
-    """The angles of the sampler scm; arguments and error as in `SanaPipeline.__call__`."""
-    if times is None:
-        steps = SAMPLERS["scm"] if steps is None else steps
-        return scm_schedule(steps, MAX_TIME if first is None else first, second)
-    if (first, second) != (None, None) or steps not in (None, len(times) - 1):
-        raise ValueError(
-            f"timesteps are all {len(times)} angles of {len(times) - 1} steps: leave out num_inference_steps, "
-            "max_timesteps and intermediate_timesteps"
-        )
-    return torch.tensor(times, dtype=torch.float64)
 
 
 def _require_plain_guidance(guidance: Guidance, negatives: Sequence[str]) -> None:
@@ -479,15 +476,3 @@ def _pair_prompts(
         )
     repeated = ([text for text in texts for _ in range(copies)] for texts in (prompts, negatives))
     return tuple(repeated)
-
-
-def _cover(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Scale (n, 3, H, W) so that it just covers (height, width), and cut the middle out; nothing if it fits already."""
-    drawn_height, drawn_width = pixels.shape[-2:]
-    if (drawn_height, drawn_width) == (height, width):
-        return pixels
-    scale = max(height / drawn_height, width / drawn_width)
-    covering = (max(height, round(drawn_height * scale)), max(width, round(drawn_width * scale)))
-    pixels = F.interpolate(pixels, covering, mode="bilinear", align_corners=False)
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    return pixels[..., top : top + height, left : left + width]

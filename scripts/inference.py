@@ -8,6 +8,8 @@ like --model.mixed_precision=bf16 override the config.
 from argparse import Namespace
 from pathlib import Path
 
+from sana.data.prompts import Prompt, read_json, read_picture, read_txt
+from sana.utils import hub
 from sana.utils.cli import Parser, at_least, boolean, numbers, words
 
 
@@ -52,10 +54,12 @@ FLAGS = (
     ("ablation_key", str, None, "cfg_scale, pag_scale, step or seed: draw once for each of several values"),
     ("ablation_selections", words, None, "[A,B,...]: those values"),
     ("device", str, None, "cpu, cuda, cuda:1 (default: a GPU where there is one)"),
+    ("compile", boolean, False, "compile the transformer: slow first images of a size, faster later ones"),
     ("dtype", str, None, "fp32, bf16 or fp16, of the transformer (default: the config's, and fp32 on a CPU)"),
 )
 ABLATIONS = {"cfg_scale": float, "pag_scale": float, "step": steps, "seed": int}
 FIELDS = {"cfg_scale": "guidance_scale", "pag_scale": "pag_guidance_scale", "step": "num_inference_steps"}
+FIELDS |= {"sampling_algo": "sampler"}
 UNUSED = ("version", "exist_time_prefix", "gpu_id", "debug")
 
 
@@ -64,10 +68,9 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="one prompt")
-    source.add_argument(
-        "--txt_file", default="asset/samples_mini.txt", help="one a line (default: %(default)s)"
-    )
+    source.add_argument("--txt_file", default="asset/samples_mini.txt", help="lines (default: %(default)s)")
     source.add_argument("--json_file", help='{"id": {"prompt": "..."}}; images are named by the id')
+    source.add_argument("--from_image", help="a PNG drawn before: draw it again, but for the flags given")
     for name, kind, default, text in FLAGS:
         optional = {"nargs": "?", "const": True} if kind is boolean else {}
         shown = f"{text} (default: {default})" if isinstance(default, float | int | Path) else text
@@ -86,8 +89,7 @@ def run(args: Namespace, overrides: list[str]) -> None:
     from sana.utils import logging
 
     logging.configure()
-    unused = [f"--{name}" for name in UNUSED if getattr(args, name) is not None]
-    if unused:
+    if unused := [f"--{name}" for name in UNUSED if getattr(args, name) is not None]:
         logging.get_logger("inference").warning("accepted, but without effect: %s", ", ".join(unused))
     prompts, dataset = read_prompts(args)
     settings = [generation.Settings.from_names(variant) for variant in variants(args)]
@@ -96,27 +98,29 @@ def run(args: Namespace, overrides: list[str]) -> None:
         sizes = (f"model.image_size={size}", f"data.image_size={size}")
         overrides = [*overrides, *sizes, f"model.aspect_ratio_type=ASPECT_RATIO_{size}"]
     config = find_config(args.config, args.model_path, overrides)
-    pipeline = SanaPipeline(config, device=args.device, dtype=args.dtype, lowercase=args.lowercase)
+    how = {name: getattr(args, name) for name in ("device", "dtype", "lowercase", "compile")}
+    pipeline = SanaPipeline(config, **how)
     for path in args.lora:
         pipeline.load_lora(path, args.lora_scale)
 
     for setting in settings:
-        folder = args.work_dir / generation.folder_name(
-            pipeline, setting, args.dataset or dataset, args.add_label
-        )
+        if args.from_image is not None:
+            generation.compare_with_picture(args.from_image, setting.record(pipeline))
+        name = generation.folder_name(pipeline, setting, args.dataset or dataset, args.add_label)
+        folder = args.work_dir / name
         extras = {"grid": args.grid, "tar_and_del": args.tar_and_del, "save_name": args.if_save_dirname}
         counts = {"batch_size": args.bs, "num_images_per_prompt": args.num_images_per_prompt}
         for path in generation.generate_folder(pipeline, prompts, folder, setting, **counts, **extras):
             print(path)
 
 
-def read_prompts(args: Namespace) -> tuple[list, str]:
+def read_prompts(args: Namespace) -> tuple[list[Prompt], str]:
     """The chosen prompts, and a name for them."""
-    from sana.data.prompts import Prompt, read_json, read_txt
-    from sana.utils import hub
-
     if args.prompt is not None:
         return [Prompt(text=args.prompt.strip())], "prompt"
+    if args.from_image is not None:
+        same_seed = args.seed == 0 and args.ablation_key != "seed"
+        return [read_picture(args.from_image, with_seed=same_seed)[0]], Path(args.from_image).stem
     file = hub.resolve(args.json_file or args.txt_file)
     prompts = read_json(file) if args.json_file else read_txt(file)
     chosen = prompts[: args.sample_nums][args.start_index : args.end_index]
@@ -127,11 +131,11 @@ def read_prompts(args: Namespace) -> tuple[list, str]:
 
 def variants(args: Namespace) -> list[dict]:
     """The flags under the names of `Settings`, once for each of --ablation_selections."""
-    flags = (
-        vars(args)
-        | {"sampler": args.sampling_algo}
-        | {field: getattr(args, flag) for flag, field in FIELDS.items()}
-    )
+    flags = {FIELDS.get(flag, flag): value for flag, value in vars(args).items()}
+    if args.from_image is not None:
+        usual = {FIELDS.get(flag, flag): value for flag, _, value, _ in FLAGS}
+        record = read_picture(args.from_image)[1]
+        flags |= {key: record[key] for key in usual.keys() & record if flags[key] == usual[key]}
     if args.ablation_key is None and args.ablation_selections is None:
         return [flags]
     if args.ablation_key not in ABLATIONS or not args.ablation_selections or args.grid:

@@ -88,7 +88,7 @@ def test_latents_out_and_in(pipeline):
     assert latents.shape == (1, 32, 6, 10)  # 192 x 320 pixels, the nearest of the table; nothing is cut
     assert latents.dtype == torch.float32
     with torch.no_grad():  # as the pipeline: with gradients the decoder is another
-        pixels = module._cover(pipeline.autoencoder.decode(latents), 100, 160)
+        pixels = images.cover(pipeline.autoencoder.decode(latents), 100, 160)
     assert torch.equal(pipeline("a red circle", 100, 160, **settings), pixels)
     assert torch.equal(latents, pipeline("a red circle", 192, 320, output_type="latent", **settings))
 
@@ -490,3 +490,17 @@ def test_equal_prompts_are_encoded_once(pipeline, draw):
     with hook:
         draw(["a red circle", "a blue star", "a red circle"], num_images_per_prompt=2)
     assert rows == [2]
+
+
+# Compiled
+
+
+@pytest.mark.slow
+def test_a_compiled_pipeline_draws_the_same(config_path, draw, tmp_path):
+    compiled = SanaPipeline(config_path, compile=True)
+    assert all(block._compiled_call_impl is not None for block in compiled.transformer.blocks)
+    settings = {"height": 64, "width": 64, "use_resolution_binning": False, "num_inference_steps": 2}
+    for prompts in (["a red circle"], PROMPTS[:2]):
+        assert_close("pixels", compiled(prompts, **settings), draw(prompts), rel_rms=1e-5)
+    compiled.from_pretrained(compiled.weights)
+    assert all(block._compiled_call_impl is not None for block in compiled.transformer.blocks)

@@ -5,13 +5,13 @@ jumps from any tau to the data; with several steps, each jump but the last is fo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sana.diffusion.solvers import Callback
+from sana.diffusion.solvers import DEFAULT_STEPS, Callback
 
 Network = Callable[[Tensor, float], Tensor]
 """F(x, tau), the tangent dx/dtau: x (B, ...) and a Python float -> a tensor like x."""
@@ -51,6 +51,30 @@ def scm_schedule(num_steps: int, max_time: float = MAX_TIME, intermediate: float
         times = torch.linspace(max_time, 0.0, num_steps + 1, dtype=torch.float64)
     _check(times.tolist())
     return times
+
+
+def scm_times(
+    steps: int | None, first: float | None, second: float | None, times: Sequence[float] | None
+) -> Tensor:
+    """The angles that a caller asks for: given one by one, or by their number and the first two.
+
+    Args:
+        steps: N; None: the usual number, or as many as `times` makes.
+        first, second: `max_time` and `intermediate` of `scm_schedule`; None: its own.
+        times: all N + 1 angles.
+
+    Raises:
+        ValueError: `times` beside what it makes superfluous.
+    """
+    if times is None:
+        steps = DEFAULT_STEPS["scm"] if steps is None else steps
+        return scm_schedule(steps, MAX_TIME if first is None else first, second)
+    if (first, second) != (None, None) or steps not in (None, len(times) - 1):
+        raise ValueError(
+            f"timesteps are all {len(times)} angles of {len(times) - 1} steps: leave out num_inference_steps, "
+            "max_timesteps and intermediate_timesteps"
+        )
+    return torch.tensor(times, dtype=torch.float64)
 
 
 def scm(

@@ -1,5 +1,6 @@
 """Pixels: from tensors in [-1, 1] to 8 bits, files and grids."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,12 +30,19 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.numpy()) for image in to_uint8(images)]
 
 
-def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object] | None = None) -> Path:
-    """Write a PNG in one step (see `write_atomic`) with `metadata` as text chunks (read them with `Image.open().text`)."""
+def encode_png(image: Image.Image, metadata: Mapping[str, object] | None = None) -> bytes:
+    """A PNG file with `metadata` as text chunks (read them with `Image.open().text`)."""
     info = PngInfo()
     for key, value in (metadata or {}).items():
         info.add_itxt(key, str(value))  # iTXt is UTF-8: prompts may hold any character
-    return write_atomic(path, lambda handle: image.save(handle, format="PNG", pnginfo=info))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object] | None = None) -> Path:
+    """Write `encode_png` to a file in one step (see `write_atomic`)."""
+    return write_atomic(path, encode_png(image, metadata))
 
 
 def load(path: str | Path) -> Image.Image:
@@ -44,9 +52,9 @@ def load(path: str | Path) -> Image.Image:
     return picture
 
 
-def save_jpeg(image: Image.Image, path: str | Path, quality: int = 95) -> Path:
-    """Write a JPEG in one step; `quality` in 1..100. Colours keep their full resolution, so that edges stay sharp."""
-    settings = {"format": "JPEG", "quality": quality, "subsampling": 0}
+def save_jpeg(image: Image.Image, path: str | Path, quality: int = 95, subsampling: str = "4:4:4") -> Path:
+    """Write a JPEG in one step; `quality` in 1..100. With "4:4:4" colours keep their full resolution, and edges stay sharp."""
+    settings = {"format": "JPEG", "quality": quality, "subsampling": subsampling}
     return write_atomic(path, lambda handle: image.convert("RGB").save(handle, **settings))
 
 
@@ -69,3 +77,15 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
         corner = (column * width + (width - image.width) // 2, row * height + (height - image.height) // 2)
         sheet.paste(image, corner)
     return sheet
+
+
+def cover(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Scale (n, 3, H, W) so that it just covers (height, width), and cut the middle out; nothing if it fits already."""
+    drawn_height, drawn_width = pixels.shape[-2:]
+    if (drawn_height, drawn_width) == (height, width):
+        return pixels
+    scale = max(height / drawn_height, width / drawn_width)
+    covering = (max(height, round(drawn_height * scale)), max(width, round(drawn_width * scale)))
+    pixels = torch.nn.functional.interpolate(pixels, covering, mode="bilinear", align_corners=False)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]
