@@ -42,6 +42,9 @@ __all__ = [
 
 logger = get_logger(__name__)
 
+AVERAGED_FILE = "ema.safetensors"
+"""Name of the averaged weights in the folder of a training checkpoint (`sana.training.checkpoint`)."""
+
 
 def load_transformer_state(path: str | Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
     """Read the weights of a transformer, under the published names whatever the file's own.
@@ -55,7 +58,8 @@ def load_transformer_state(path: str | Path, *, ema: bool = False) -> dict[str, 
             * `.pth`, `.pt` or `.bin`: a pickle of a state dict, bare or under the key "state_dict";
             * `.safetensors`, or the index (`.safetensors.index.json`) of several of them;
             * a folder with one of these: of diffusers' transformer, or of a pipeline with a `transformer/` in it.
-        ema: take the averaged weights of a training checkpoint ("state_dict_ema").
+        ema: take the averaged weights of a training checkpoint: "state_dict_ema" of a `.pth`, or the `AVERAGED_FILE`
+            beside the weights.
 
     Raises:
         ValueError: nothing is there, or it is corrupt, incomplete, of an unknown kind, or of something else.
@@ -65,10 +69,12 @@ def load_transformer_state(path: str | Path, *, ema: bool = False) -> dict[str, 
         endings = ", ".join(hub.WEIGHT_SUFFIXES)
         raise ValueError(f"{file}: not a checkpoint file; expected one that ends in {endings}, or an index")
     if hub.is_index(file) or file.suffix == ".safetensors":
-        if ema:
+        if ema and not file.with_name(AVERAGED_FILE).is_file():
             raise ValueError(
-                f"{file}: holds no averaged weights (EMA): only a training checkpoint, a .pth, does"
+                f"{file}: holds no averaged weights (EMA), and there is no {AVERAGED_FILE} beside it: only a training "
+                "checkpoint has them"
             )
+        file = file.with_name(AVERAGED_FILE) if ema else file
         state = _read_shards(file) if hub.is_index(file) else _read_safetensors(file)
     else:
         state = _read_pickle(file, ema=ema)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from sana.config import SanaConfig, dump_config
 from sana.models.key_names import IGNORED, NULL_CAPTION
+from sana.models.state_dict import AVERAGED_FILE
 from sana.training.lora import header
 from sana.utils.logging import get_logger
 
@@ -87,7 +88,7 @@ def write_checkpoint(folder: Path, state: TrainingState, config: SanaConfig) -> 
         architecture = {"architecture": config.model.model, "format": "pt"} | header(config.train.lora)
         save_file(_storable(state.weights), hidden / "model.safetensors", architecture)
         if state.ema is not None:
-            save_file(_storable(state.ema), hidden / "ema.safetensors", architecture)
+            save_file(_storable(state.ema), hidden / AVERAGED_FILE, architecture)
         tensors, numbers = _split(state.optimizer)
         save_file(tensors, hidden / "optimizer.safetensors")
         rng = {
@@ -225,7 +226,7 @@ def read_checkpoint(path: Path) -> TrainingState:
         step=about["step"],
         epoch=about["epoch"],
         weights=load_file(path / "model.safetensors"),
-        ema=load_file(path / "ema.safetensors") if "ema.safetensors" in about["files"] else None,
+        ema=load_file(path / AVERAGED_FILE) if AVERAGED_FILE in about["files"] else None,
         ema_updates=about["ema_updates"],
         optimizer=optimizer,
         schedule_start=about["schedule_start"],

@@ -226,6 +226,13 @@ def test_averaged_weights_of_a_training_checkpoint(tmp_path):
     for name in ("b.pth", "c.safetensors"):
         with pytest.raises(ValueError, match=f"{name}: holds no averaged weights"):
             load_transformer_state(tmp_path / name, ema=True)
+    folder = tmp_path / "epoch_1_step_300"  # as a training writes it today
+    folder.mkdir()
+    save_file(checkpoint["state_dict"], folder / "model.safetensors")
+    save_file(checkpoint["state_dict_ema"], folder / "ema.safetensors")
+    for path in (folder, folder / "model.safetensors"):
+        assert torch.equal(load_transformer_state(path)["a"], torch.zeros(2))
+        assert torch.equal(load_transformer_state(path, ema=True)["a"], torch.ones(2))
 
 
 def test_broken_shards_are_one_line(state, tmp_path):
