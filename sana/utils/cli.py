@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from sana.utils.logging import hush_imports
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a wrong flag in one line, with exit status 2, and wants flags in full."""
@@ -32,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 
         ValueError is for input; ArithmeticError and OSError are not. Anything else is our own mistake and keeps its traceback.
         """
+        hush_imports()
         try:
             function(*arguments)
         except (ValueError, argparse.ArgumentTypeError) as error:

@@ -5,6 +5,14 @@ import logging
 from sana.utils import distributed
 
 
+NOISY = (
+    "torch.utils._pytree",  # torchao's enums
+    "diffusers.quantizers.torchao.torchao_quantizer",  # layouts that this torchao no longer has; not used here
+    "bitsandbytes.backends.cpu.ops",  # a faster CPU kernel that would be downloaded
+)
+"""Loggers of libraries that warn when they are imported, of what no user can change."""
+
+
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module (`get_logger(__name__)`), below the package's logger "sana"."""
     return logging.getLogger(name if name == "sana" or name.startswith("sana.") else f"sana.{name}")
@@ -26,3 +34,9 @@ def configure(level: str = "INFO") -> None:
     logger.setLevel(
         level if distributed.is_main() else max(logging.WARNING, logging.getLevelNamesMapping()[level])
     )
+
+
+def hush_imports() -> None:
+    """Let the `NOISY` libraries speak of errors only; before they are imported."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
