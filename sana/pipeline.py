@@ -13,6 +13,7 @@ from sana import loading
 from sana.config import SanaConfig, load_config
 from sana.diffusion.guidance import Guidance, guided
 from sana.diffusion.scm import FreshNoise, scm, scm_times
+from sana.diffusion.scm import scm_schedule as scm_schedule  # for checks of the samplers
 from sana.diffusion.solvers import DEFAULT_STEPS, SOLVERS, Callback
 from sana.loading import DEFAULT_CONFIG
 from sana.loading import DTYPES as DTYPES  # the names of dtypes, for callers

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sana.models.attention import CrossAttention, FoldedText, LinearSelfAttention
+from sana.models.caches import KeysValues, StepCache, TextCache, TimeCache
 from sana.models.layers import (
     NORM_EPS,
     CaptionEmbedder,
@@ -100,35 +101,6 @@ class TransformerConfig:
             raise ValueError(
                 f"timestep_norm_scale_factor must be above 0, got {self.timestep_norm_scale_factor}"
             )
-
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]
-"""Of a text in one block, (B, H, L, d) each."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextCache:
-    """What every block's cross-attention reads of the text: computed once per prompt."""
-
-    blocks: tuple[KeysValues | FoldedText, ...]
-    """Keys and values, or their products with the projections, where these are less work."""
-    mask: torch.Tensor | None
-    """(B, 1, 1, L) bool, True = valid; None: every token."""
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return len(self.blocks[0][0])
-
-
-@dataclass(frozen=True, slots=True)
-class TimeCache:
-    """What the blocks and the final layer read of the time, of one step for the whole batch: see `encode_time`."""
-
-    blocks: torch.Tensor
-    """(depth, 1, 6, D): the modulation of each block, its own table added."""
-    embedding: torch.Tensor
-    """(1, D), for the final layer."""
 
 
 class SanaBlock(nn.Module):
@@ -294,6 +266,7 @@ class SanaTransformer(nn.Module):
         perturbed_blocks: Collection[int] = (),
         drop_caption: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
+        step_cache: StepCache | None = None,
     ) -> torch.Tensor:
         """Predict the velocity noise - image at noise level `timestep`.
 
@@ -309,6 +282,8 @@ class SanaTransformer(nn.Module):
             drop_caption: (B,) bool, the captions to replace by the null caption. None draws them with
                 `class_dropout_prob` in training mode and drops none otherwise.
             guidance: (B,), the guidance scale that the velocity is to have; with `cfg_embed`, and only then.
+            step_cache: decides after the first block whether the others run, or what they added in an earlier step is
+                added again: an approximation.
 
         Returns:
             (B, c_out, h p, w p).
@@ -338,11 +313,22 @@ class SanaTransformer(nn.Module):
         else:
             t = self._embed_time(timestep, guidance)
             modulations = [self.t_block(t).unflatten(-1, (6, -1))] * len(self.blocks)
-        for index, block in enumerate(self.blocks):
-            run = partial(block, modulated=modulated, perturbed=index in perturbed)
+
+        def run(index: int, x: torch.Tensor) -> torch.Tensor:
+            block = partial(self.blocks[index], modulated=modulated, perturbed=index in perturbed)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                run = partial(checkpoint, run, use_reentrant=False)
-            x = run(x, modulations[index], grid, texts[index], mask)
+                block = partial(checkpoint, block, use_reentrant=False)
+            return block(x, modulations[index], grid, texts[index], mask)
+
+        entered, x = x, run(0, x)
+        if step_cache is not None and step_cache.reuses(x - entered):
+            x = x + step_cache.rest
+        else:
+            first = x
+            for index in range(1, len(self.blocks)):
+                x = run(index, x)
+            if step_cache is not None:
+                step_cache.keep(first - entered, x - first)
         return unpatchify(self.final_layer(x, t), grid, self.config.patch_size)
 
     def _grid(self, latents: torch.Tensor) -> tuple[int, int]:

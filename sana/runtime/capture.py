@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sana.models.transformer import SanaTransformer, TextCache, TimeCache
+from sana.models.caches import TextCache, TimeCache
+from sana.models.transformer import SanaTransformer
 
 FORMS = 8
 """How many graphs are kept, the latest used ones: each holds the activations of its size and batch."""
