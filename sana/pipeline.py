@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from sana.models.transformer import SanaTransformer
 from sana.resolution import TABLES, Table, nearest_bucket, parse_prompt_size
 from sana.runtime.capture import CapturedTransformer
 from sana.runtime.compile import compile_blocks
+from sana.runtime.step_cache import StepCachedTransformer
 from sana.utils import hub, images, seeding
 from sana.utils.logging import get_logger
 from sana.utils.seeding import image_seed as image_seed  # for callers that draw one image of many
@@ -150,10 +151,8 @@ class SanaPipeline:
                     f"the {what} {has} is not the {needs} that the transformer reads: use its own parts"
                 )
         self.config, self.transformer = config, transformer
-        self._network: SanaTransformer | CapturedTransformer = (
-            transformer  # as it is called: the transformer, or its capture
-        )
-        self._compiled = False
+        self._network: Callable[..., Tensor] = transformer  # as the sampler calls it
+        self._compiled, self._step_threshold = False, None
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.weights: Path | None = None
         self.loras: tuple[tuple[str, float], ...] = ()
@@ -184,7 +183,7 @@ class SanaPipeline:
             self.config, path, dtype=self._wanted_dtype, device=self.device
         )
         self.weights = resolve_transformer(path)
-        self._network = self.transformer
+        self._wrap_transformer()
         self._weights_sha256, self._ready, self.loras = None, True, ()
         return self.compile() if self._compiled else self
 
@@ -198,9 +197,30 @@ class SanaPipeline:
         if self._ready:
             tokens = (self.config.model.image_size // self.multiple) ** 2
             compile_blocks(self.transformer, rows=2 * tokens)
-            if self.device.type == "cuda":
-                self._network = CapturedTransformer(self.transformer)
+        self._wrap_transformer()
         return self
+
+    def cache_steps(self, threshold: float | None) -> SanaPipeline:
+        """Run only the first block where it changes little between steps, see `StepCache`; None: never. Returns self.
+
+        Raises:
+            ValueError: it is not above 0, or the steps are captured, in which nothing can be decided.
+        """
+        if threshold is not None and isinstance(self._network, CapturedTransformer):
+            raise ValueError(
+                "a step cache decides in each step, which a captured step cannot: leave out compile"
+            )
+        self._step_threshold = threshold
+        self._wrap_transformer()
+        return self
+
+    def _wrap_transformer(self) -> None:
+        """Set `_network`: the transformer as the sampler calls it."""
+        self._network = self.transformer
+        if self._step_threshold is not None:
+            self._network = StepCachedTransformer(self.transformer, self._step_threshold)
+        elif self._compiled and self.device.type == "cuda":
+            self._network = CapturedTransformer(self.transformer)
 
     def load_lora(self, path: str | Path, weight: float = 1.0) -> SanaPipeline:
         """Add an adapter (LoRA, with the keys of peft or diffusers) to the transformer, times `weight`; returns self.

@@ -504,3 +504,20 @@ def test_a_compiled_pipeline_draws_the_same(config_path, draw, tmp_path):
         assert_close("pixels", compiled(prompts, **settings), draw(prompts), rel_rms=1e-5)
     compiled.from_pretrained(compiled.weights)
     assert all(block._compiled_call_impl is not None for block in compiled.transformer.blocks)
+
+
+def test_a_step_cache_is_set_and_taken_away(config_path, draw, pipeline):
+    cached = SanaPipeline(config_path).cache_steps(1e-9)
+    settings = {"height": 64, "width": 64, "use_resolution_binning": False, "num_inference_steps": 2}
+    assert_close("pixels", cached("a red circle", **settings), draw("a red circle"), rel_rms=1e-6)
+    coarse = cached.cache_steps(1e9)("a red circle", **settings)
+    assert not torch.equal(coarse, draw("a red circle"))
+    assert torch.equal(cached.from_pretrained(cached.weights)("a red circle", **settings), coarse)
+    assert_close(
+        "exact again",
+        cached.cache_steps(None)("a red circle", **settings),
+        draw("a red circle"),
+        rel_rms=1e-6,
+    )
+    with pytest.raises(ValueError, match="above 0, got -1"):
+        cached.cache_steps(-1)
