@@ -27,8 +27,8 @@ ALLOWED = {
     "runtime": {"utils", "ops", "models"},
     "loading": {"utils", "config", "models"},
     "pipeline": {"utils", "config", "resolution", "models", "diffusion", "runtime", "loading"},
-    "generation": {"utils", "config", "resolution", "data.prompts", "pipeline"},
-    "evaluation": {"utils", "config", "shapes", "metrics", "generation", "pipeline"},
+    "generation": {"utils", "config", "resolution", "data.prompts", "runtime", "pipeline"},
+    "evaluation": {"utils", "config", "shapes", "metrics", "data.prompts", "generation", "pipeline"},
     "serving": {"utils", "config", "resolution", "runtime", "pipeline", "generation"},
     "training": {
         *("utils", "config", "resolution", "shapes", "data", "models", "diffusion", "runtime"),

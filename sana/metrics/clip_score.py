@@ -16,10 +16,20 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
+from sana.metrics.alignment import Scorer
+from sana.metrics.weights import fetched_by, folder_sha256, hub_command
 from sana.utils.pretrained import load_pretrained
 
 CLIP_NAME = "openai/clip-vit-large-patch14"
 """The model of Sana's numbers: scores of another model cannot be compared with them."""
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the three channels, as OpenAI's CLIPs and their descendants were trained."""
+
+
+def picture_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Compose:
+    """What the openai/CLIP package makes of a picture in RGB: (3, size, size)."""
+    resize = Resize(size, InterpolationMode.BICUBIC)
+    return Compose([resize, CenterCrop(size), ToTensor(), Normalize(mean, std)])
 
 
 class ClipScore:
@@ -45,9 +55,8 @@ class ClipScore:
         self.model, self.tokenizer = model, tokenizer
         self.context = model.config.text_config.max_position_embeddings
         """Tokens of a text that count, begin and end token included."""
-        size = model.config.vision_config.image_size
-        resize = Resize(size, InterpolationMode.BICUBIC)
-        self._prepare = Compose([resize, CenterCrop(size), ToTensor(), Normalize(mean, std)])
+        self.prepare = picture_transform(model.config.vision_config.image_size, mean, std)
+        """A picture in RGB -> (3, H, W) for `embed`."""
 
     @classmethod
     def from_pretrained(
@@ -68,10 +77,13 @@ class ClipScore:
         )
         return cls(model, tokenizer, processor.image_mean, processor.image_std)
 
-    @torch.inference_mode()
     def images(self, pictures: Sequence[Image]) -> Tensor:
         """Pictures -> (B, D) float32 of norm 1, on the model's device."""
-        pixels = torch.stack([self._prepare(picture.convert("RGB")) for picture in pictures])
+        return self.embed(torch.stack([self.prepare(picture.convert("RGB")) for picture in pictures]))
+
+    @torch.inference_mode()
+    def embed(self, pixels: Tensor) -> Tensor:
+        """What `prepare` gave, (B, 3, H, W) -> (B, D) float32 of norm 1, on the model's device."""
         pixels = pixels.to(self.model.device, self.model.dtype)
         return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
@@ -97,6 +109,56 @@ class ClipScore:
     def is_cut(self, text: str) -> bool:
         """Whether a text is longer than CLIP's context, so that only its beginning counts."""
         return len(self.tokenizer(text, verbose=False).input_ids) > self.context
+
+
+class ClipScorer(Scorer):
+    """A CLIP as a metric of sets of pictures: `scale` * cosine.
+
+    Args:
+        clip: pictures and texts to embeddings.
+        metric, protocol, sha256: see `Scorer`.
+        scale: 100 for the CLIP score.
+    """
+
+    def __init__(
+        self,
+        clip: ClipScore,
+        sha256: str,
+        *,
+        metric: str = "CLIP score",
+        protocol: str = "100 cos, prompt without a template",
+        scale: float = 100.0,
+    ) -> None:
+        self.clip, self.scale = clip, scale
+        self.metric, self.protocol, self.sha256 = metric, protocol, sha256
+        self.dtype = clip.model.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        weights: str | Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> ClipScorer:
+        """The CLIP score of a transformers folder or hub name; None is the ViT-L/14 of Sana's tables.
+
+        Raises:
+            ValueError: as `ClipScore.from_pretrained`; the message has the command that fetches the published one.
+        """
+        place = weights or CLIP_NAME
+        with fetched_by(hub_command(CLIP_NAME), place):
+            clip = ClipScore.from_pretrained(place, dtype=dtype, device=device)
+        return cls(clip, folder_sha256(place), protocol=f"100 cos, prompt without a template; {place}")
+
+    def prepare(self, picture: Image) -> Tensor:
+        return self.clip.prepare(picture)
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.scale / 100 * compare(self.clip.embed(pixels), self.clip.texts(prompts))
+
+    def is_cut(self, prompt: str) -> bool:
+        return self.clip.is_cut(prompt)
 
 
 def compare(images: Tensor, texts: Tensor) -> Tensor:
