@@ -45,7 +45,7 @@ def make_parser() -> Parser:
 def run(args: Namespace, overrides: list[str]) -> None:
     """Draw unless --images is given, score, report."""
     from sana.evaluation import shapes_benchmark
-    from sana.metrics.geneval import load_prompts
+    from sana.metrics.geneval import load_prompts, table
     from sana.utils import distributed, hub, logging
 
     logging.configure()
@@ -60,7 +60,7 @@ def run(args: Namespace, overrides: list[str]) -> None:
     records = shapes_benchmark.score(shapes_benchmark.find_images(folder, prompts))
     report = shapes_benchmark.report(records, folder, **about)
 
-    print(shapes_benchmark.table(records), file=sys.stderr)
+    print(table(records), file=sys.stderr)
     if args.records:
         args.records.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     if args.output:
@@ -99,15 +99,9 @@ def draw(args: Namespace, overrides: list[str], prompts: dict) -> tuple[Path, di
 
 def load_averaged(pipeline) -> None:  # noqa: ANN001 SanaPipeline is imported late
     """Replace the transformer's weights by the averaged ones of the same checkpoint."""
-    import torch
+    from sana.models.state_dict import load_into, load_transformer_state
 
-    from sana.models.state_dict import load_into
-
-    is_checkpoint = pipeline.weights.suffix == ".pth"
-    checkpoint = torch.load(pipeline.weights, map_location="cpu", weights_only=True) if is_checkpoint else {}
-    if "state_dict_ema" not in checkpoint:
-        raise ValueError(f"{pipeline.weights} holds no averaged weights (state_dict_ema); leave --ema out")
-    load_into(pipeline.transformer, checkpoint["state_dict_ema"])
+    load_into(pipeline.transformer, load_transformer_state(pipeline.weights, ema=True))
 
 
 def main() -> None:

@@ -321,6 +321,7 @@ def test_transformer_overrides(write):
         "clamp_attention": False,
         "kernels": "auto",
         "gradient_checkpointing": True,
+        "checkpointed_blocks": None,
     }
     for model, kernels in (
         ("attn_type: triton_linear", "triton"),

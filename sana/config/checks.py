@@ -57,6 +57,7 @@ _ABOVE_ZERO = (
     "scheduler.timestep_norm_scale_factor",
     "train.train_batch_size",
     "train.gradient_accumulation_steps",
+    "train.grad_checkpointing_blocks",
     "train.num_epochs",
     "train.max_steps",
     "train.early_stop_hours",
@@ -67,6 +68,7 @@ _ABOVE_ZERO = (
     "train.save_model_steps",
     "train.save_model_epochs",
     "train.eval_metric_step",
+    "train.online_metric_prompts",
     "train.keep_checkpoints",
     "train.hang_minutes",
 )

@@ -153,7 +153,6 @@ INERT: dict[str, Inert] = {
 NOT_YET = (
     "model.resume_from.load_ema",
     "train.skip_step",
-    "train.online_metric",
     "train.debug_nan",
     "debug",
 )

@@ -247,6 +247,9 @@ class TrainConfig:
     """Save and stop after this many hours, > 0. Called `training_hours` in older files."""
     grad_checkpointing: bool = False
     """Recompute each block in the backward pass: much less memory, about a third more time."""
+    grad_checkpointing_blocks: Optional[int] = None
+    """With `grad_checkpointing`: recompute only so many blocks, the first ones; the fewer that fit, the faster. Empty: all.
+    Not a published key."""
     compile: bool = False
     """Compile each block of the transformer with torch.compile; the first steps then take minutes. Not a published key."""
     gradient_clip: float = 1.0
@@ -328,11 +331,15 @@ class TrainConfig:
     """Pictures kept out of training, at most one in a hundred, on which the loss is measured every `eval_sampling_steps`
     at fixed times with fixed noise; 0 is off. Not a published key."""
     online_metric: bool = False
-    """Evaluate checkpoints while training goes on."""
+    """Save and measure the model every `eval_metric_step` and at the end; not with `use_fsdp`."""
     eval_metric_step: int = 5000
     """Optimizer steps between these evaluations; matters only with `online_metric`."""
     online_metric_dir: str = "metric_helper"
     """Folder of their results under `work_dir`; matters only with `online_metric`."""
+    online_metric_suites: tuple[str, ...] = ()
+    """Suites of `scripts/evaluate.py`. Empty: shapes for `data.type: SanaShapes`, else geneval. Not a published key."""
+    online_metric_prompts: Optional[int] = 10
+    """Prompts of each suite, at least 1 (of GenEval: of each tag). Empty: all. Not a published key."""
     debug_nan: bool = False
     """Stop at the first module whose output is not finite and name it; slow."""
     feature_cache_dir: Optional[str] = None

@@ -36,6 +36,7 @@ def transformer_overrides(config: SanaConfig) -> dict[str, Any]:
         "clamp_attention": model.mixed_precision == "fp16",
         "kernels": model.kernels or ("triton" if model.attn_type == "triton_linear" else "auto"),
         "gradient_checkpointing": config.train.grad_checkpointing,
+        "checkpointed_blocks": config.train.grad_checkpointing_blocks,
     }
 
 

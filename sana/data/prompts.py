@@ -1,8 +1,11 @@
-"""Prompt files: one prompt a line (txt), or `{"id": {"prompt": "..."}}` (json)."""
+"""Prompt files: one prompt a line (txt), `{"id": {"prompt": "..."}}` (json), or a picture that holds its own (png)."""
 
 import json
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +22,8 @@ class Prompt:
     """Position in the file, from 0; stays the same when only a part of the file is used."""
     key: str | None = None
     """The id in a json file."""
+    seed: int | None = None
+    """Of the noise of its first image; None is drawn from the run's seed and the index."""
 
     def __post_init__(self) -> None:
         for part in (self.text, self.key or ""):
@@ -69,6 +74,31 @@ def read_json(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def read_picture(path: str | Path, *, with_seed: bool = True) -> tuple[Prompt, dict[str, Any]]:
+    """What a PNG of `sana.generation` or of the server says of itself: its prompt, and the record of its settings.
+
+    Args:
+        with_seed: the prompt has the seed of the picture's noise.
+
+    Raises:
+        ValueError: no such file, or no PNG with these texts in it.
+    """
+    from PIL import Image  # lazy: command-line help needs no pictures
+
+    try:
+        with Image.open(path) as picture:
+            text = picture.text
+            record = json.loads(text["settings"])
+            # The prompt may have had a size option.
+            record |= {"height": picture.height, "width": picture.width}
+        for key in ("interval_guidance", "timesteps"):
+            record[key] = record[key] and tuple(record[key])
+        return Prompt(text=text["prompt"], seed=int(text["seed"]) if with_seed else None), record
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no PNG that holds prompt, seed and settings: {reason}") from error
+
+
 class _RepeatedId(Exception):
     """A JSON object has a key twice."""
 
@@ -91,3 +121,21 @@ def _read(path: str | Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): {error.reason}") from error
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
+
+
+# A key is a safe file name, and can be neither a name made from an index nor that of a further sample.
+_SAFE_KEY = re.compile(r"(?!\d{5,}_)(?!.*-s\d+$)[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+def file_stem(prompt: Prompt) -> str:
+    """File name without extension: the key where it is safe, else index and a slug of the text ("00003_a-red-circle")."""
+    if prompt.key is not None and _SAFE_KEY.fullmatch(prompt.key):
+        return prompt.key
+    ascii_text = unicodedata.normalize("NFKD", prompt.text[:1000]).encode("ascii", "ignore").decode()
+    slug = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower())[:60].strip("-")
+    return f"{prompt.index:05d}_{slug or 'image'}"
+
+
+def sample_stem(prompt: Prompt, sample: int) -> str:
+    """`file_stem`, with the number of a further sample."""
+    return f"{file_stem(prompt)}-s{sample}" if sample else file_stem(prompt)

@@ -17,11 +17,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sana.metrics.geneval import (
-    KEY_IMAGES,
-    KEY_OVERALL,
-    KEY_PROMPTS,
-    KEY_TAGS,
-    TAGS,
     GenEvalOptions,
     GenEvalPrompt,
     find_samples,
@@ -167,13 +162,3 @@ def report(
         weights=weights or ({"transformer": transformer} if transformer else {}),
         dtype=dtype,
     )
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each tag with its score and number of images, then the totals."""
-    scores, number = summarise(records), Counter(record["tag"] for record in records)
-    lines = [f"{'tag':<16}{'score':>7}{'images':>8}"]
-    lines += [f"{tag:<16}{scores[KEY_TAGS][tag]:>7.3f}{number[tag]:>8}" for tag in TAGS]
-    lines.append(f"{KEY_OVERALL:<16}{scores[KEY_OVERALL]:>7.3f}{len(records):>8}")
-    lines.append(f"correct images {scores[KEY_IMAGES]:.1%}, correct prompts {scores[KEY_PROMPTS]:.1%}")
-    return "\n".join(lines)

@@ -12,14 +12,17 @@ where needed, "color" and "position": [relation, index of the clause that is its
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sana.utils.files import write_atomic
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 KEY_OVERALL = "overall"
 KEY_IMAGES = "correct_images"
 KEY_PROMPTS = "correct_prompts"
@@ -312,19 +315,43 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each tag with its score and number of images, then the totals."""
+    scores, number = summarise(records), Counter(record["tag"] for record in records)
+    lines = [f"{'tag':<16}{'score':>7}{'images':>8}"]
+    lines += [f"{tag:<16}{scores[KEY_TAGS][tag]:>7.3f}{number[tag]:>8}" for tag in TAGS]
+    lines.append(f"{KEY_OVERALL:<16}{scores[KEY_OVERALL]:>7.3f}{len(records):>8}")
+    lines.append(f"correct images {scores[KEY_IMAGES]:.1%}, correct prompts {scores[KEY_PROMPTS]:.1%}")
+    return "\n".join(lines)
+
+
 def sample_path(root: Path, *, prompt_index: int, sample_index: int) -> Path:
     """Where the published layout keeps an image: `<root>/<prompt:05d>/samples/<sample:05d>.png`."""
-    return root / f"{prompt_index:05d}" / "samples" / f"{sample_index:05d}.png"
+    return root / f"{sample_stem(prompt_index, sample_index)}.png"
 
 
-def find_samples(root: str | Path) -> Iterator[tuple[Path, GenEvalPrompt]]:
+def sample_stem(prompt_index: int, sample_index: int) -> str:
+    """The same, within the folder and without ".png"."""
+    return f"{prompt_index:05d}/samples/{sample_index:05d}"
+
+
+def write_metadata(root: str | Path, prompts: Mapping[int, GenEvalPrompt]) -> None:
+    """Put the record of each prompt, by its index, beside its images as the published layout has it."""
+    for index, prompt in prompts.items():
+        content = json.dumps(prompt.to_record()) + "\n"
+        write_atomic(Path(root) / f"{index:05d}" / "metadata.jsonl", content.encode())
+
+
+def find_samples(root: str | Path, *, allow_missing: bool = False) -> Iterator[tuple[Path, GenEvalPrompt]]:
     """(image file, its prompt) of a folder in the published layout, in numerical order.
 
     `<root>/<digits>/{metadata.jsonl, samples/<digits>.png}`; other names are ignored, as the published
-    evaluator does. ValueError when nothing is found or a prompt folder lacks its metadata.
+    evaluator does. ValueError when nothing is found or a prompt folder lacks its metadata or, unless
+    `allow_missing`, its images.
     """
+    root = Path(root)
     folders = sorted(
-        (p for p in Path(root).glob("*") if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name)
+        (p for p in root.glob("*") if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name)
     )
     if not folders:
         raise ValueError(
@@ -335,7 +362,7 @@ def find_samples(root: str | Path) -> Iterator[tuple[Path, GenEvalPrompt]]:
         images = sorted(
             (p for p in folder.glob("samples/*.png") if p.stem.isdecimal()), key=lambda p: int(p.stem)
         )
-        if len(prompts) != 1 or not images:
+        if len(prompts) != 1 or not (images or allow_missing):
             raise ValueError(
                 f"{folder} needs one record in metadata.jsonl and images in samples/: "
                 f"found {len(prompts)} and {len(images)}"

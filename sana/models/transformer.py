@@ -85,7 +85,9 @@ class TransformerConfig:
     kernels: str = "auto"
     """Implementation of the fused operations, `backend` of `sana.ops`: auto, torch or triton."""
     gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of storing its activations."""
+    """Recompute blocks in the backward pass instead of storing their activations."""
+    checkpointed_blocks: int | None = None
+    """With `gradient_checkpointing`: how many blocks, the first ones; None: all."""
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "linear_head_dim"):
@@ -171,7 +173,8 @@ class SanaTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = config.gradient_checkpointing
+        recomputed = config.depth if config.checkpointed_blocks is None else config.checkpointed_blocks
+        self.checkpointed = range(recomputed if config.gradient_checkpointing else 0)
         dim = config.hidden_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -316,7 +319,7 @@ class SanaTransformer(nn.Module):
 
         def run(index: int, x: torch.Tensor) -> torch.Tensor:
             block = partial(self.blocks[index], modulated=modulated, perturbed=index in perturbed)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if index in self.checkpointed and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             return block(x, modulations[index], grid, texts[index], mask)
 

@@ -16,16 +16,17 @@ def compile_blocks(transformer: SanaTransformer, *, rows: int = 512) -> None:
 
     The second size or batch is compiled for all sizes at once, so that further ones cost nothing. Compiled code is kept on
     disk (in TORCHINDUCTOR_CACHE_DIR, by default below the system's temporary folder), so that the next process starts
-    quickly. On a CPU the weights of the large products are packed too, which takes their memory again.
+    quickly. On a CPU the weights of the large products are packed too, which takes their memory again, unless they are
+    trained.
 
     Args:
-        transformer: in eval mode, on its device, in its dtype.
+        transformer: on its device, in its dtype.
         rows: tokens of a whole batch, guidance included, for which weights are packed on a CPU.
     """
     torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
     for block in transformer.blocks:
         block.compile(fullgraph=True)
-    if next(transformer.parameters()).device.type == "cpu":
+    if next(transformer.parameters()).device.type == "cpu" and not transformer.training:
         layers = [
             module for module in transformer.blocks.modules() if isinstance(module, Linear | PointwiseConv)
         ]

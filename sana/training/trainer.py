@@ -20,6 +20,7 @@ from sana.loading import load_text_encoder
 from sana.models.state_dict import save_transformer
 from sana.models.text_encoder import TextFeatures
 from sana.models.zoo import build_transformer
+from sana.runtime.compile import compile_blocks
 from sana.training.checkpoint import remove_leftovers, retain, write_checkpoint
 from sana.training.ema import EMA
 from sana.training.feature_cache import open_cache
@@ -32,6 +33,7 @@ from sana.training.features import (
 from sana.training.heldout import HeldOutLoss, data_sets, hold_out
 from sana.training.lora import FILE_NAME as LORA_FILE
 from sana.training.lora import save_lora
+from sana.training.online_metric import OnlineMetric
 from sana.training.optim import Schedule, build_optimizer, lr_factor
 from sana.training.parallel import build_accelerator, gathered, shard, whole_state
 from sana.training.progress import Progress, forward_flops
@@ -100,6 +102,7 @@ class Trainer:
         set_seed(train.seed)  # the initial weights, equal in every process
         self._build(resume)
         self.validation = Validation(config, self.autoencoder, self.text_encoder) if train.visualize else None
+        self.online_metric = OnlineMetric.of(config)
         self.held_out_loss = held_out and HeldOutLoss(
             config, held_out, self.encode, self.cached_text, self.accelerator
         )
@@ -118,8 +121,7 @@ class Trainer:
             for network in [transformer] if self.ema is None else [transformer, self.ema.model]:
                 shard(network)
         if train.compile:
-            for block in transformer.blocks:
-                block.compile()
+            compile_blocks(transformer)
         self.transformer = transformer  # the network itself; `self.model` may be wrapped
         self.model = transformer if train.use_fsdp else self.accelerator.prepare(transformer)
         self.optimizer = self.accelerator.prepare(build_optimizer(transformer, train, self.batch_size))
@@ -163,6 +165,8 @@ class Trainer:
                 last = self.step == self.total_steps
                 if not stopping and (last or self.step % train.eval_sampling_steps == 0):
                     self._validate(tracker)
+                if not stopping and (last or self.step % train.eval_metric_step == 0):
+                    self._measure(tracker)
             finished = self.step >= self.total_steps and self.saved_step == self.step
             if finished:
                 self.export(self.work_dir / (LORA_FILE if train.lora else "transformer.safetensors"))
@@ -307,6 +311,16 @@ class Trainer:
                 self.validation.draw(self._best(), self.step, tracker)
             self.accelerator.wait_for_everyone()
         self.watchdog.beat()
+
+    def _measure(self, tracker: Tracker) -> None:
+        """`train.online_metric`; it may take hours, so nothing is left unsaved meanwhile."""
+        if self.online_metric is not None:
+            self.save()
+            self.watchdog.rest()
+            if self.accelerator.is_main_process:
+                self.online_metric.measure(self._best(), self.step, tracker)
+            self.accelerator.wait_for_everyone()
+            self.watchdog.beat()
 
     def _best(self) -> nn.Module:
         """The weights that a user would take: the average where there is one."""

@@ -4,7 +4,12 @@
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 def _read(name: str, default: int) -> int:
@@ -20,7 +25,7 @@ def _read(name: str, default: int) -> int:
 
 def rank() -> int:
     """Index of this process among all of the run, from 0."""
-    return _read("RANK", 0)
+    return 0 if _alone.get() else _read("RANK", 0)
 
 
 def local_rank() -> int:
@@ -30,12 +35,22 @@ def local_rank() -> int:
 
 def world_size() -> int:
     """Number of processes of the run."""
-    return _read("WORLD_SIZE", 1)
+    return 1 if _alone.get() else _read("WORLD_SIZE", 1)
 
 
 def is_main() -> bool:
     """True in the one process that writes logs and merges results."""
     return rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work as if it were the only one: it shares nothing out and waits for nobody."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def barrier(timeout: timedelta = timedelta(days=7)) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sana.evaluation import shapes_benchmark
 from sana.generation import Settings
-from sana.metrics.geneval import TAGS, GenEvalPrompt, load_prompts, sample_path
+from sana.metrics.geneval import TAGS, GenEvalPrompt, load_prompts, sample_path, table
 from sana.resolution import TABLES
 from sana.shapes.benchmark import PROMPTS_FILE, benchmark_prompts
 from sana.shapes.render import render
@@ -89,7 +89,7 @@ def test_flawless_model_scores_one(drawn, prompts):
     assert report.settings["generation"]["num_inference_steps"] == 20
     assert report.settings["ema"] is False
     assert (report.weights, report.dtype) == ({"transformer": "0" * 64}, "float32")
-    lines = shapes_benchmark.table(records).splitlines()
+    lines = table(records).splitlines()
     assert [line.split() for line in lines[1:7]] == [[tag, "1.000", "8"] for tag in TAGS]
     assert lines[7].split() == ["overall", "1.000", "48"]
 

@@ -283,17 +283,21 @@ def test_gradients_reach_every_parameter():
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-def test_gradient_checkpointing_changes_no_gradient(autocast):
+@pytest.mark.parametrize("blocks", [None, 1])
+def test_gradient_checkpointing_changes_no_gradient(autocast, blocks):
     gradients = []
     for checkpointing in (False, True):
-        model = build(gradient_checkpointing=checkpointing, class_dropout_prob=0.5).train()
+        settings = {"gradient_checkpointing": checkpointing, "checkpointed_blocks": blocks}
+        model = build(**settings, class_dropout_prob=0.5).train()
         torch.manual_seed(0)
-        calls = []
+        calls, last_calls = [], []
         model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model.blocks[-1].register_forward_pre_hook(lambda *_, calls=last_calls: calls.append(1))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(**inputs(model.config)).float().square().mean()
         loss.backward()
         assert len(calls) == 1 + checkpointing  # the block ran again in the backward pass
+        assert len(last_calls) == 1 + (checkpointing and blocks is None)
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
