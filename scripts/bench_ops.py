@@ -8,7 +8,6 @@ An implementation is compared with float64 first; the figures of a wrong one are
 Bytes are what the kernels read and write, for every implementation: what more a slow one moves is its own loss.
 """
 
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -36,25 +35,11 @@ def make_parser() -> Parser:
     return parser
 
 
-def commit() -> str:
-    """The commit of the working tree, with "+" if it has changes; "unknown" outside a repository."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", folder, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def run(args: Namespace) -> None:
     """Check, measure, print a line for each figure, and write the report. Torch is imported only here."""
     import torch
 
+    from sana.benchmarks.timing import commit
     from sana.metrics.report import make_report
     from sana.ops import bench
 

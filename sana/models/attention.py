@@ -86,7 +86,7 @@ class FoldedText(NamedTuple):
     """Keys and values of a text, multiplied into the projections beside them, as `CrossAttention.fold` makes them."""
 
     keys: torch.Tensor
-    """(B, H L, D): the row of head h and token l is W_q,h^T k_hl / sqrt(d)."""
+    """(B, H L, D): the row of head h and token l is W_q,h^T k_hl."""
     bias: torch.Tensor
     """(B, 1, H L): b_q,h . k_hl / sqrt(d), and minus infinity where the token is masked."""
     values: torch.Tensor
@@ -99,6 +99,7 @@ class CrossAttention(nn.Module):
     def __init__(self, hidden_size: int, *, num_heads: int, qk_norm: bool, kernels: str = "auto") -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
         self.q_linear = Linear(hidden_size, hidden_size)
         self.kv_linear = Linear(hidden_size, 2 * hidden_size)
         self.proj = Linear(hidden_size, hidden_size)
@@ -118,6 +119,8 @@ class CrossAttention(nn.Module):
         """
         layers = (self.q_linear, self.proj)
         plain = all(type(layer) is Linear and type(layer.weight) is nn.Parameter for layer in layers)
+        # An offloaded layer is elsewhere, and comes for `forward` alone.
+        plain = plain and self.proj.weight.device == keys.device
         unchanged = plain and isinstance(self.q_norm, nn.Identity) and keys.dtype == self.proj.weight.dtype
         return unchanged and not torch.is_grad_enabled() and keys.shape[-2] < keys.shape[-1]
 
@@ -131,23 +134,24 @@ class CrossAttention(nn.Module):
             keys, values: (B, H, L, d).
             mask: (B, 1, 1, L) bool, or None.
         """
-        dtype, heads, scale = keys.dtype, self.num_heads, keys.shape[-1] ** -0.5
-        wide = torch.promote_types(dtype, torch.float32)  # rounded once, at the end
-        keys, values = keys.to(wide) * scale, values.to(wide)
-        into_heads = self.q_linear.weight.to(wide).unflatten(0, (heads, -1))  # (H, d, D)
-        out_of_heads = self.proj.weight.to(wide).unflatten(1, (heads, -1)).permute(1, 2, 0)  # (H, d, D)
-        bias = (keys * self.q_linear.bias.to(wide).view(heads, 1, -1)).sum(-1, keepdim=True).transpose(2, 3)
+        heads = self.num_heads
+        into_heads = self.q_linear.weight.unflatten(0, (heads, -1))  # (H, d, D)
+        out_of_heads = self.proj.weight.unflatten(1, (heads, -1)).permute(1, 2, 0)  # (H, d, D)
+        bias = (keys * self.q_linear.bias.view(heads, 1, -1)).sum(-1, keepdim=True).transpose(2, 3)
+        bias = bias * keys.shape[-1] ** -0.5
         if mask is not None:
             bias = bias.masked_fill(~mask, float("-inf"))
         return FoldedText(
-            keys=(keys @ into_heads).flatten(1, 2).to(dtype),
-            bias=bias.flatten(1).unsqueeze(1).to(dtype),
-            values=(values @ out_of_heads).flatten(1, 2).to(dtype),
+            keys=(keys @ into_heads).flatten(1, 2),
+            bias=bias.flatten(1).unsqueeze(1),
+            values=(values @ out_of_heads).flatten(1, 2),
         )
 
     def read(self, x: torch.Tensor, text: FoldedText) -> torch.Tensor:
         """`forward` with a folded text: x (B, N, D) -> (B, N, D)."""
-        scores = torch.baddbmm(text.bias, x, text.keys.transpose(1, 2)).unflatten(-1, (self.num_heads, -1))
+        scale = self.head_dim**-0.5
+        scores = torch.baddbmm(text.bias, x, text.keys.transpose(1, 2), alpha=scale)
+        scores = scores.unflatten(-1, (self.num_heads, -1))
         return torch.baddbmm(self.proj.bias, scores.softmax(dim=-1).flatten(2), text.values)
 
     def forward(
