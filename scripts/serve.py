@@ -22,12 +22,20 @@ def positive(text: str) -> float:
     return value
 
 
+def port(text: str) -> int:
+    """Argument type: 0 to 65535."""
+    number = at_least(0)(text)
+    if number > 65535:
+        raise ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return number
+
+
 # Flag, type, default, help.
 FLAGS = (
     ("config", str, None, "YAML file (default: what --model_path says of itself, else the embedded model's)"),
     ("model_path", str, None, "weights: path or hf://owner/repo/path (default: the config's load_from)"),
     ("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 is every one"),
-    ("port", at_least(0), 8000, "0 takes a free one"),
+    ("port", port, 8000, "0 takes a free one"),
     ("max_batch", at_least(1), 8, "images drawn at once"),
     ("max_wait_ms", at_least(0), 20, "how long a request waits for others to join its batch"),
     ("queue", at_least(1), 64, "images that may wait; beyond that a request is refused with status 429"),

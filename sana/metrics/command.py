@@ -54,7 +54,9 @@ def read_images(args: argparse.Namespace, *, prompted: bool = True) -> list[Scor
 def report_path(args: argparse.Namespace, metric: str) -> Path:
     """Where the report is written."""
     images = Path(args.images)
-    return Path(args.output) if args.output else images.with_name(f"{images.name}.{metric}.json")
+    if images.name in ("", ".."):  # of "." and ".." the name is that of the folder
+        images = images.resolve()
+    return Path(args.output) if args.output else images.parent / f"{images.name}.{metric}.json"
 
 
 def loop(args: argparse.Namespace, metric: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _entries(path: Path, text: str) -> list[PromptEntry]:
             pairs = [(key, dict(entry)) for key, entry in content]
         else:
             pairs = [(entry["id"], entry) for entry in map(dict, content)]
-        entries = [PromptEntry(_text(entry), str(key), entry.get("category")) for key, entry in pairs]
+        entries = [PromptEntry(_text(entry), str(key), _category(entry)) for key, entry in pairs]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -114,6 +114,13 @@ def _text(entry: dict[str, Any]) -> str:
     if not isinstance(entry["prompt"], str):
         raise ValueError(f"a prompt is a text, got {str(entry['prompt'])[:60]}")
     return entry["prompt"].strip()
+
+
+def _category(entry: dict[str, Any]) -> str | None:
+    category = entry.get("category")
+    if not isinstance(category, str | None):
+        raise ValueError(f"a category is a text, got {str(category)[:60]}")
+    return category
 
 
 def read_image_set(

@@ -251,7 +251,7 @@ class Preset:
         return resize(picture)
 
     def _parts(self) -> tuple[Callable[[Image.Image], Tensor], int | None]:
-        match = re.fullmatch(r"([\w-]+)(?:@(\d{2,4}))?", self.name)
+        match = re.fullmatch(r"([\w-]+)(?:@([1-9]\d{1,3}))?", self.name)
         if not match or match[1] not in _RESIZES:
             raise ValueError(
                 f"unknown preset {self.name!r}; choose from {', '.join(_RESIZES)}, each also with a size, as "

@@ -31,7 +31,7 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=False)
 
     prompt: str
-    n: int = 1
+    n: Annotated[int, Field(strict=True)] = 1
     size: Annotated[str | None, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] = None
     """WIDTHxHEIGHT; `auto` is the model's own."""
     response_format: Literal["b64_json", "url"] = "b64_json"
@@ -108,7 +108,9 @@ def make_app(engine: Engine) -> FastAPI:
             raise _refusal(error) from error
         if all(one.picture is None for one in drawn):
             raise HTTPException(400, drawn[0].withheld)
-        data = [_entry(one, ticket, asked, request, kept) for one in drawn]
+        # In a thread: packing large PNGs takes seconds, in which /health would not answer.
+        files = await run_in_threadpool(lambda: [one.picture and ticket.png(one) for one in drawn])
+        data = [_entry(one, png, asked, request, kept) for one, png in zip(drawn, files, strict=True)]
         return JSONResponse({"created": int(time.time()), "seed": ticket.settings.seed, "data": data})
 
     @app.get("/v1/images/{key}")
@@ -172,12 +174,11 @@ async def finished(ticket: Ticket, request: Request) -> list[Drawn]:
 
 
 def _entry(
-    one: Drawn, ticket: Ticket, asked: ImageRequest, request: Request, kept: KeptImages
+    one: Drawn, png: bytes | None, asked: ImageRequest, request: Request, kept: KeptImages
 ) -> dict[str, str]:
     """An image in the answer."""
-    if one.picture is None:
+    if png is None:
         return {"withheld": one.withheld}
-    png = ticket.png(one)
     if asked.response_format == "url":
         return {"url": str(request.url_for("image", key=kept.add(png)))}
     return {"b64_json": base64.b64encode(png).decode()}
@@ -195,8 +196,9 @@ async def _refused(request: Request, error: HTTPException) -> Response:
 
 async def _malformed(request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"][1:]))
-    return _error(422, f"{where}: {first['msg']}")
+    # A number is a place in broken JSON.
+    where = ".".join(part for part in first["loc"][1:] if isinstance(part, str))
+    return _error(422, f"{where or 'the body'}: {first['msg']}")
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

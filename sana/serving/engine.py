@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sana import generation
+from sana.runtime.oom import is_out_of_memory
 from sana.serving.counters import Counters
 from sana.serving.limits import Limits
 from sana.serving.ticket import Closed, Drawn, QueueFull, Ticket
@@ -134,7 +135,8 @@ class Engine:
         Args:
             settings: their seed and the number of the image decide the noise, as `scripts/inference.py --prompt` does.
             previews: how often, at most, the ticket's `previews` are made. The autoencoder decodes them between the
-                steps, which the whole batch waits for, so there are none above PREVIEW_PIXELS.
+                steps, which the whole batch waits for, so there are none above PREVIEW_PIXELS; nor where a safety model
+                looks at pictures, which does not see them.
             timeout: seconds, if less than the engine's.
 
         Raises:
@@ -180,7 +182,8 @@ class Engine:
     def _preview_interval(self, task: Task, settings: Settings, previews: int) -> int:
         """Every how many steps there is one; 0 is never, nor where the autoencoder would have to be brought each time."""
         height, width = self.pipeline.sizes(*task.size, settings.use_resolution_binning)[1]
-        if not previews or height * width > PREVIEW_PIXELS or self.pipeline.offload != "none":
+        looked_at = self.safety is not None and self.safety.of_pictures
+        if not previews or height * width > PREVIEW_PIXELS or self.pipeline.offload != "none" or looked_at:
             return 0
         assert settings.num_inference_steps, "resolved settings have a number of steps"
         return math.ceil(settings.num_inference_steps / (previews + 1))
@@ -231,7 +234,12 @@ class Engine:
             return
         except Exception as error:  # noqa: BLE001 whatever it is, the requests hear of it and the engine goes on
             if len(batch) == 1:
-                logger.warning("an image of %d x %d failed: %s", *batch[0].task.size, error)
+                # A value that cannot be, or memory that is not there, is no mistake of ours and needs no traceback.
+                known = isinstance(error, ValueError | ArithmeticError | OSError) or is_out_of_memory(error)
+                height, width = batch[0].task.size
+                logger.warning(
+                    "an image of %d x %d failed: %s", width, height, error, exc_info=None if known else error
+                )
                 batch[0].ticket.settle(error)
             for shot in batch if len(batch) > 1 else ():
                 if not shot.ticket.over:

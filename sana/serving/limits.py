@@ -39,6 +39,7 @@ class Limits:
         for what, text in (("prompt", prompt), ("negative prompt", settings.negative_prompt)):
             if len(text) > self.prompt:
                 raise ValueError(f"the {what} has {len(text)} characters, at most {self.prompt} are allowed")
+        Prompt(text=settings.negative_prompt)  # refuses what is no valid Unicode, as of the prompt
         settings = settings.resolved(pipeline)
         for what, value, lowest, highest in (
             ("number of images", count, 1, self.images),

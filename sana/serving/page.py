@@ -203,7 +203,7 @@ async def follow(engine: Engine, ticket: Ticket) -> AsyncIterator[Update]:
     finally:
         ticket.cancel()  # without effect when it is over
     with tempfile.TemporaryDirectory(prefix="sana-") as folder:  # gradio copies what it is given
-        paths = _save(ticket, drawn, Path(folder))
+        paths = await asyncio.to_thread(_save, ticket, drawn, Path(folder))  # others' bars go on meanwhile
         captions = [caption(ticket, one) for one in drawn if one.picture is not None]
         gallery = list(zip(paths, captions, strict=True))
         status = "<br>".join([f"Drawn in {time.monotonic() - ticket.submitted:.1f} s.", *_withheld(drawn)])

@@ -188,7 +188,9 @@ def test_the_server_keeps_the_bounds(served, change, message):
 
 def test_a_withheld_image_is_said_to_be_withheld(served, monkeypatch):
     answers = iter(["", "withheld: <it> is the second"])
-    safety = SimpleNamespace(require_harmless=lambda prompt: None, objection=lambda picture: next(answers))
+    safety = SimpleNamespace(
+        of_pictures=True, require_harmless=lambda prompt: None, objection=lambda picture: next(answers)
+    )
     address, engine = served
     monkeypatch.setattr(engine, "safety", safety)
     drawn, status, files, *_ = Client(address, verbose=False).predict(

@@ -145,6 +145,7 @@ def test_prompt_files(tmp_path):
         "[1]": "not of the form",
         '{"a": "text"}': "not of the form",
         '{"a": {"prompt": 3}}': "a prompt is a text, got 3",
+        '{"a": {"prompt": "x", "category": ["y"]}}': "a category is a text, got",
         '{"a": {"prompt": "x"}, "a": {"prompt": "y"}}': "the id 'a' is there twice",
         '{"a": ': "line 1: not valid JSON",
     }.items():

@@ -105,6 +105,8 @@ def test_wrong_input(weights, network, tmp_path):
         ValueError, match="unknown preset 'bicubic'; choose from pytorch-fid, torch-fidelity, clean"
     ):
         Preset("bicubic")
+    with pytest.raises(ValueError, match="unknown preset 'clean@00'"):
+        Preset("clean@00")
     with pytest.raises(ValueError, match="64, 192, 768, 2048 numbers, not of 100"):
         network(torch.zeros(1, 3, 299, 299), 100)
     state = torch.load(weights, weights_only=True)

@@ -173,7 +173,9 @@ def test_health_and_metrics(serve, pipeline):
         ({"prompt": "a", "seeds": 3}, 422, "seeds: Extra inputs are not permitted"),
         ({"prompt": "a", "size": "0x64"}, 422, "size: String should match pattern"),
         ({"prompt": "a", "size": "big"}, 422, "size: String should match pattern"),
+        ([], 422, "the body: Input should be a valid dictionary"),
         ({"prompt": "a", "n": "many"}, 422, "n: Input should be a valid integer"),
+        ({"prompt": "a", "n": True}, 422, "n: Input should be a valid integer"),
         ({"prompt": "a", "seed": 1.5}, 422, "seed: Input should be a valid integer"),
         (
             {"prompt": "a", "response_format": "jpeg"},
@@ -211,7 +213,8 @@ def test_wrong_input(serve, body, status, message):
 def test_what_is_not_json(serve):
     client = serve()
     status, message = error(client.post(URL, content=b"{", headers={"content-type": "application/json"}))
-    assert (status, "JSON decode error" in message) == (422, True)
+    assert (status, message) == (422, "the body: JSON decode error")
+    assert error(client.post(URL)) == (422, "the body: Field required")
     assert error(client.get("/nowhere")) == (404, "Not Found")
     assert error(client.delete(URL)) == (405, "Method Not Allowed")
 
@@ -286,6 +289,7 @@ def test_safety_of_pictures(serve, tmp_path):
     assert len(pictures(client.post(URL, json={"prompt": "a", **FAST}))) == 1
 
     class Second:
+        of_pictures = True
         require_harmless = staticmethod(lambda prompt: None)
         seen = 0
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -326,6 +327,7 @@ def test_closing(pipeline, start, drain):
         ("a", {"height": 0}, 1, "got 0 x 64"),
         ("a --ar 0:1", {}, 1, "expected --ar height:width"),
         ("half \ud83e", {}, 1, "half of a character"),
+        ("a", {"negative_prompt": "half \ud83e"}, 1, "half of a character"),
     ],
 )
 def test_what_is_too_much(pipeline, start, prompt, settings, count, message):
@@ -378,6 +380,29 @@ def test_previews_cost_little(pipeline, start, monkeypatch):
     monkeypatch.setattr("sana.serving.engine.PREVIEW_PIXELS", 96 * 64 - 1)
     assert engine.submit("a", small(), previews=5).preview_every == 1
     assert engine.submit("a --hw 64:96", small(), previews=5).preview_every == 0
+
+
+@pytest.mark.parametrize(("of_pictures", "every"), [(True, 0), (False, 1)])
+def test_a_picture_that_nobody_looked_at_is_not_shown(pipeline, start, of_pictures, every):
+    safety = SimpleNamespace(
+        of_pictures=of_pictures, require_harmless=lambda prompt: None, objection=lambda picture: "withheld"
+    )
+    ticket = start(pipeline, safety=safety).submit("a", small(), previews=5)
+    assert ticket.preview_every == every
+    assert ticket.result()[0].picture is None
+    assert bool(ticket.previews) == (not of_pictures)
+
+
+@pytest.mark.parametrize(("error", "traceback"), [(TypeError("ours"), True), (MemoryError("full"), False)])
+def test_our_own_mistakes_keep_their_traceback(pipeline, start, caplog, error, traceback):
+    class Broken(Watched):
+        def __call__(self, *arguments, **settings):
+            raise error
+
+    with pytest.raises(type(error)):
+        start(Broken(pipeline)).submit("a --hw 64:96", small()).result()
+    (record,) = caplog.records
+    assert ("96 x 64 failed" in record.message, bool(record.exc_info)) == (True, traceback)
 
 
 def test_plan_counts_what_a_run_makes(pipeline):

@@ -187,6 +187,12 @@ def test_fid(call, pictures, tmp_path, weights):
     refused(call("fid", pictures, "--features", "clip-vit-b-32"), "belong to Inception")
 
 
+def test_the_folder_one_is_in(call, pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    call("fid", ".")
+    assert pictures.with_name("set.fid-64.json").is_file()
+
+
 def test_fid_of_the_first_prompts(call, tmp_path):
     """Both sets are the pictures of the first ids: a subset of the reference, not all of it."""
     own, other = (write_pictures(tmp_path / name, 5, seed=seed) for name, seed in (("own", 0), ("other", 1)))
