@@ -9,25 +9,37 @@ size, files are equal to the byte for any number of processes and interruptions.
 
 import json
 import re
-import shutil
-import tarfile
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 from PIL.Image import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from sana import __version__
-from sana.data.prompts import Prompt
-from sana.pipeline import NULL_MASKS, SAMPLERS, SanaPipeline, image_seed
+from sana.data.prompts import Prompt, read_picture, sample_stem
+from sana.data.prompts import file_stem as file_stem  # for callers
+from sana.pipeline import NULL_MASKS, SAMPLERS, Callback, SanaPipeline, image_seed
 from sana.resolution import parse_prompt_size
+from sana.runtime.latents import Picture, latents_path, save_latents
+from sana.runtime.oom import is_out_of_memory
+from sana.runtime.stages import PromptFeatures
+from sana.runtime.streaming import Background, Drawn, stream
 from sana.utils import distributed, images
+from sana.utils.archive import pack, unpack
 from sana.utils.files import write_atomic
-from sana.utils.manifest import Manifest, Row
+from sana.utils.logging import get_logger
+from sana.utils.manifest import Manifest, Part, Row
+
+logger = get_logger(__name__)
+
+
+class IncompleteError(ArithmeticError):
+    """Some images of a run could not be made; the others are there, and the manifest says why these are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +73,8 @@ class Settings:
     """`png`, with prompt, seed and settings as text in the file, or `jpg`."""
     jpeg_quality: int = 95
     """1 to 100."""
+    jpeg_subsampling: str = "4:4:4"
+    """Resolution of colours: `4:4:4` full, `4:2:0` halved both ways, which Pillow does unasked and published pictures have."""
 
     def __post_init__(self) -> None:
         if self.sampler is not None and self.sampler not in SAMPLERS:
@@ -73,6 +87,8 @@ class Settings:
             raise ValueError(f"unknown image format {self.image_format!r}; choose from png, jpg")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"jpeg quality must be from 1 to 100, got {self.jpeg_quality}")
+        if self.jpeg_subsampling not in ("4:4:4", "4:2:0"):
+            raise ValueError(f"jpeg subsampling is 4:4:4 or 4:2:0, got {self.jpeg_subsampling!r}")
 
     @classmethod
     def from_names(cls, values: Mapping[str, object]) -> "Settings":
@@ -102,7 +118,12 @@ class Settings:
             "dtype": str(pipeline.dtype).removeprefix("torch."),
             "flow_shift": pipeline.flow_shift,
         }
-        return json.loads(json.dumps(asdict(self.resolved(pipeline)) | model))
+        if pipeline.quantize:
+            model["quantize"] = pipeline.quantize
+        record = json.loads(json.dumps(asdict(self.resolved(pipeline)) | model))
+        if self.jpeg_subsampling == "4:4:4":
+            del record["jpeg_subsampling"]  # folders from before there was a choice are gone on with
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +161,7 @@ def generate(
     batch_size: int = 1,
     num_images_per_prompt: int = 1,
     progress: bool = False,
+    stem: Callable[[Prompt, int], str] | None = None,
 ) -> list[Row]:
     """Draw the images that `folder` lacks, each process of the run its share, and return the manifest's lines of all.
 
@@ -147,19 +169,22 @@ def generate(
         prompts: their indices decide noise and file names; size options in them are taken out and honoured.
         batch_size: images drawn at once, prompts mixed.
         progress: show a bar on stderr.
+        stem: `(prompt, number of the sample) -> path in the folder without extension`; None is `sample_stem`.
 
     Returns:
         One line for each image, prompt by prompt, also for those that were there before; in every process.
 
     Raises:
         ValueError: the folder holds images of other settings, two prompts have one file name, or a setting is wrong.
+        IncompleteError: at the end, if images failed: for lack of memory or disk, or because they are not finite. Latents of
+            those that got so far lie beside them.
     """
     if batch_size < 1 or num_images_per_prompt < 1:
         raise ValueError(
             f"batch_size and num_images_per_prompt must be at least 1, got {batch_size} and {num_images_per_prompt}"
         )
     settings = settings or Settings()
-    tasks = plan(pipeline, prompts, settings, num_images_per_prompt)
+    tasks = plan(pipeline, prompts, settings, num_images_per_prompt, stem)
     manifest, record = Manifest(Path(folder)), settings.record(pipeline)
     known = manifest.rows()
     _require_same_settings(known, record, folder)
@@ -172,21 +197,86 @@ def generate(
         hidden = not (progress and distributed.is_main())
         with (
             manifest.part(distributed.rank()) as part,
+            Background() as background,
             tqdm(total=len(missing), unit="image", disable=hidden) as bar,
         ):
-            for batch in share:
-                pictures = _draw(pipeline, batch, settings.resolved(pipeline), bar)
-                for task, picture in zip(batch, pictures, strict=True):
-                    if task in missing:
-                        _save(picture, task, manifest.folder, record)
-                        part.add(task.row() | rest)
-                        bar.update()
+            for drawn in _draw_all(pipeline, share, settings.resolved(pipeline), bar):
+                if drawn.task in missing:
+                    background.submit(partial(_keep, drawn, pipeline, part, manifest.folder, rest))
+                    bar.update()
     distributed.barrier()
     if distributed.is_main():
         manifest.merge()
     distributed.barrier()
     rows = manifest.rows()
-    return [rows[task.file] for task in tasks]
+    rows = [rows[task.file] for task in tasks]
+    if failed := [row for row in rows if "error" in row]:
+        first = failed[0]
+        raise IncompleteError(
+            f"{len(failed)} of {len(rows)} images failed, see {manifest.path}; {first['file']}: {first['error']}"
+        )
+    return rows
+
+
+def _draw_all(
+    pipeline: SanaPipeline, batches: Sequence[Sequence[Task]], settings: Settings, bar: tqdm
+) -> Iterator[Drawn]:
+    def encode(batch: Sequence[Task]) -> PromptFeatures:
+        bar.set_postfix_str("prompts")
+        negatives = [settings.negative_prompt] * len(batch)
+        how = {"null_mask": settings.null_mask, "sampler": settings.sampler}
+        return pipeline.encode([task.prompt.text for task in batch], negatives, **how)
+
+    return stream(
+        batches,
+        encode=None if pipeline.offload == "none" else encode,
+        draw=partial(draw_latents, pipeline, settings=settings),
+        decode=lambda batch, latents: pipeline.decode(latents, batch[0].size, "pil"),
+        callback=lambda step, total, x, x0: bar.set_postfix_str(f"step {step}/{total}"),
+        device=pipeline.device,
+    )
+
+
+def _keep(drawn: Drawn, pipeline: SanaPipeline, part: Part, folder: Path, rest: Row) -> None:
+    """Write the picture and its line; what can be had where that fails."""
+    task, error = drawn.task, drawn.error
+    if drawn.picture is not None:
+        try:
+            _save(drawn.picture, task, folder, rest["settings"])
+        except (OSError, MemoryError, RuntimeError) as failure:
+            if isinstance(failure, RuntimeError) and not is_out_of_memory(failure):
+                raise
+            error = f"cannot be saved: {str(failure) or type(failure).__name__}"
+    row = task.row() | rest
+    if error:
+        left = _keep_latents(drawn, pipeline, folder, row)
+        logger.error(
+            "%s: %s; %s", task.file, error, f"its latents are in {left}" if left else "nothing is left of it"
+        )
+        row |= {"error": error} | ({"latents": left.name} if left else {})
+    part.add(row)
+
+
+def _keep_latents(drawn: Drawn, pipeline: SanaPipeline, folder: Path, row: Row) -> Path | None:
+    """The file of the latents, which `scripts/decode_latents.py` makes the picture of; None where there are none."""
+    if drawn.latents is None or not drawn.latents.isfinite().all():
+        return None
+    path, record = latents_path(folder / drawn.task.file), row["settings"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Picture(
+        file=Path(drawn.task.file).name,
+        size=drawn.task.size,
+        autoencoder=str(pipeline.config.vae.vae_pretrained),
+        dtype=str(pipeline.autoencoder.dtype).removeprefix("torch."),
+        jpeg_quality=record["jpeg_quality"],
+        text={key: str(value) for key, value in png_text(drawn.task, record).items()},
+        row=row,
+    )
+    try:
+        return save_latents(path, drawn.latents, picture)
+    except (OSError, MemoryError) as error:
+        logger.error("%s cannot be written: %s", path, error)
+        return None
 
 
 def generate_folder(
@@ -238,7 +328,11 @@ def generate_folder(
 
 
 def plan(
-    pipeline: SanaPipeline, prompts: Sequence[Prompt], settings: Settings, num_images_per_prompt: int = 1
+    pipeline: SanaPipeline,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    num_images_per_prompt: int = 1,
+    stem: Callable[[Prompt, int], str] | None = None,
 ) -> list[Task]:
     """The images of a run, in order; everything about prompts and sizes that can be wrong is found here."""
     default = settings.resolved(pipeline)
@@ -255,7 +349,9 @@ def plan(
         prompt = replace(prompt, text=text)
         for sample in range(num_images_per_prompt):
             seed = image_seed(settings.seed, prompt.index, sample)
-            file = f"{file_stem(prompt)}{f'-s{sample}' if sample else ''}.{settings.image_format}"
+            if prompt.seed is not None and sample == 0:
+                seed = prompt.seed
+            file = f"{(stem or sample_stem)(prompt, sample)}.{settings.image_format}"
             tasks.append(Task(file=file, prompt=prompt, sample=sample, seed=seed, size=size))
     files = [task.file for task in tasks]
     if len(set(files)) < len(files):
@@ -264,19 +360,6 @@ def plan(
             f"two prompts would be written to {twice}: give every prompt an index or key of its own"
         )
     return tasks
-
-
-# A key is a safe file name, and can be neither a name made from an index nor that of a further sample.
-_SAFE_KEY = re.compile(r"(?!\d{5,}_)(?!.*-s\d+$)[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-
-
-def file_stem(prompt: Prompt) -> str:
-    """File name without extension: the key where it is safe, else index and a slug of the text ("00003_a-red-circle")."""
-    if prompt.key is not None and _SAFE_KEY.fullmatch(prompt.key):
-        return prompt.key
-    ascii_text = unicodedata.normalize("NFKD", prompt.text[:1000]).encode("ascii", "ignore").decode()
-    slug = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower())[:60].strip("-")
-    return f"{prompt.index:05d}_{slug or 'image'}"
 
 
 def folder_name(pipeline: SanaPipeline, settings: Settings, dataset: str, label: str = "") -> str:
@@ -304,26 +387,6 @@ def folder_name(pipeline: SanaPipeline, settings: Settings, dataset: str, label:
     return "_".join(part for part in parts if part) + label
 
 
-def pack(folder: str | Path) -> Path:
-    """Put a folder into `<folder>.tar`, in one step, and remove it."""
-    folder = Path(folder)
-    target, temporary = Path(f"{folder}.tar"), Path(f"{folder}.tar.tmp")
-    with tarfile.open(temporary, "w") as archive:
-        archive.add(folder, arcname=folder.name)
-    temporary.replace(target)
-    shutil.rmtree(folder)
-    return target
-
-
-def unpack(folder: str | Path) -> None:
-    """Bring back the folder that `pack` removed, to go on with it; does nothing where there is no archive."""
-    folder = Path(folder)
-    archive_path = Path(f"{folder}.tar")
-    if archive_path.exists():
-        with tarfile.open(archive_path) as archive:
-            archive.extractall(folder.parent, filter="data")
-
-
 def _require_same_settings(known: dict[str, Row], record: dict[str, object], folder: str | Path) -> None:
     for row in known.values():
         if row["settings"] != record:
@@ -337,23 +400,78 @@ def _require_same_settings(known: dict[str, Row], record: dict[str, object], fol
 
 def _is_done(task: Task, known: dict[str, Row], folder: Path) -> bool:
     row = known.get(task.file, {})
+    if "error" in row:
+        return False
     return all(row.get(key) == value for key, value in task.row().items()) and (folder / task.file).is_file()
 
 
 def _save(picture: Image, task: Task, folder: Path, record: dict[str, object]) -> None:
     path = folder / task.file
     if record["image_format"] == "png":
-        text = {"prompt": task.prompt.text, "seed": task.seed, "settings": json.dumps(record)}
-        images.save_png(picture, path, text)
+        images.save_png(picture, path, png_text(task, record))
     else:
-        images.save_jpeg(picture, path, record["jpeg_quality"])
+        subsampling = record.get("jpeg_subsampling", "4:4:4")
+        images.save_jpeg(picture, path, record["jpeg_quality"], subsampling)
 
 
-def _draw(pipeline: SanaPipeline, batch: Sequence[Task], settings: Settings, bar: tqdm) -> list[Image]:
+def png_text(task: Task, record: Row) -> dict[str, object]:
+    """What a PNG says of itself: enough to draw it again, see `sana.data.prompts.read_picture`. `record`: that of `Settings`."""
+    return {"prompt": task.prompt.text, "seed": task.seed, "settings": json.dumps(record)}
+
+
+def compare_with_picture(path: str | Path, now: Row) -> None:
+    """Log in what the record that a picture holds differs from that of the present settings.
+
+    Raises:
+        ValueError: the weights differ, so that it could not be the same picture.
+    """
+    _, then = read_picture(path)
+    of_the_file = {"image_format", "jpeg_quality", "jpeg_subsampling"}
+    keys = (then.keys() | now.keys()) - of_the_file
+    different = {
+        key: f"{key} {then.get(key)!r} (now {now.get(key)!r})"
+        for key in sorted(keys)
+        if json.dumps(then.get(key)) != json.dumps(now.get(key))  # a tuple is a list there
+    }
+    if weights := different.keys() & {"model", "weights_sha256"}:
+        listed = ", ".join(different[key] for key in sorted(weights))
+        raise ValueError(f"{path} was drawn with other weights: {listed}; name its own with --model_path")
+    if different:
+        logger.warning("%s was drawn with other settings: %s", path, ", ".join(different.values()))
+
+
+def draw(
+    pipeline: SanaPipeline,
+    batch: Sequence[Task],
+    settings: Settings,
+    *,
+    negative_prompts: Sequence[str] | None = None,
+    callback: Callback | None = None,
+) -> list[Image]:
+    """The pictures of tasks of one size, in one batch, under `settings.resolved(pipeline)`.
+
+    Args:
+        negative_prompts: one for each task; None is that of the settings for all.
+        callback: see `SanaPipeline.__call__`.
+    """
+    latents = draw_latents(pipeline, batch, settings, negative_prompts=negative_prompts, callback=callback)
+    return pipeline.decode(latents, batch[0].size, "pil")
+
+
+def draw_latents(
+    pipeline: SanaPipeline,
+    batch: Sequence[Task],
+    settings: Settings,
+    *,
+    negative_prompts: Sequence[str] | None = None,
+    callback: Callback | None = None,
+    features: PromptFeatures | None = None,
+) -> Tensor:
+    """`draw` up to the latents (n, C, h, w); `features` are those of these prompts, if there are already."""
     return pipeline(
         [task.prompt.text for task in batch],
         *batch[0].size,
-        negative_prompt=settings.negative_prompt,
+        negative_prompt=settings.negative_prompt if negative_prompts is None else negative_prompts,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         pag_guidance_scale=settings.pag_guidance_scale,
@@ -365,8 +483,9 @@ def _draw(pipeline: SanaPipeline, batch: Sequence[Task], settings: Settings, bar
         max_timesteps=settings.max_timesteps,
         intermediate_timesteps=settings.intermediate_timesteps,
         timesteps=settings.timesteps,
-        output_type="pil",
-        callback=lambda step, total, x, x0: bar.set_postfix_str(f"step {step}/{total}"),
+        output_type="latent",
+        callback=callback,
+        features=features,
     )
 
 

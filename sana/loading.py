@@ -23,10 +23,10 @@ from sana.models.checkpoints import (
     find_published,
     float16_era,
 )
+from sana.models.filling import Finish, fill
 from sana.models.state_dict import (
     NULL_CAPTION,
     State,
-    load_into,
     load_transformer_state,
     read_metadata,
     require_fit,
@@ -144,12 +144,18 @@ def _describes_a_model(file: Path) -> bool:
 
 
 def load_transformer(
-    config: SanaConfig, path: str | Path, *, dtype: torch.dtype | None, device: torch.device
+    config: SanaConfig,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    finish: Finish | None = None,
 ) -> SanaTransformer:
     """The transformer of a config with the weights of `path`, in eval mode on `device`.
 
     Args:
         dtype: None takes the config's `model.mixed_precision`, on a CPU float32, or what the weights need instead of it.
+        finish: see `fill`; called with each module in turn, so that the whole is never held as it is in the file.
 
     Raises:
         ValueError: as `load_transformer_state` and `require_fit`; or the weights were not made for `dtype`.
@@ -166,13 +172,20 @@ def load_transformer(
     model = _without_memory(config, **overrides).to(wanted)
     require_fit(model.state_dict(), state, file=path, model=f"the {config.model.model} of the config")
     _warn_of_two_eras(config, path, state)
-    model = model.to_empty(device=device)
     own = model.state_dict()
     assert own.keys() >= {name for name, _ in model.named_buffers()}, "a buffer that no checkpoint fills"
     if NULL_CAPTION in own and NULL_CAPTION not in state:  # only training reads it, and sets it before
         state[NULL_CAPTION] = torch.zeros(own[NULL_CAPTION].shape)
-    load_into(model, state)
+    fill(model, state, device=device, dtype=wanted, finish=finish, files=weight_files(path))
     return model.eval().requires_grad_(False)
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files that hold a transformer's weights."""
+    file = resolve_transformer(path)
+    if not hub.is_index(file):
+        return [file]
+    return [file.parent / shard for shard in sorted(set(hub.read_index(file).values()))]
 
 
 def known_checkpoint(path: str | Path) -> PublishedCheckpoint | None:
@@ -280,24 +293,46 @@ def empty_transformer(config: SanaConfig) -> SanaTransformer:
     return _without_memory(config, **transformer_overrides(config)).eval().requires_grad_(False)
 
 
-def load_autoencoder(config: SanaConfig, device: torch.device) -> Autoencoder:
-    """The autoencoder of a config in its `vae.weight_dtype`, float32 in place of float16; on a CPU float32."""
+def load_autoencoder(
+    config: SanaConfig, device: torch.device, dtype: torch.dtype | None = None
+) -> Autoencoder:
+    """The autoencoder of a config in `dtype`; None is its `vae.weight_dtype`, float32 in place of float16, on a CPU float32."""
     name = config.vae.vae_pretrained
-    dtype = torch.float32 if device.type == "cpu" else DTYPES[config.vae.weight_dtype]
-    dtype = choose_dtype(AUTOENCODER_DTYPES, dtype, explicit=False, device=device, what=f"autoencoder {name}")
+    usual = torch.float32 if device.type == "cpu" else DTYPES[config.vae.weight_dtype]
+    what = f"autoencoder {name}"
+    dtype = choose_dtype(AUTOENCODER_DTYPES, dtype or usual, explicit=False, device=device, what=what)
     return Autoencoder.from_pretrained(name, dtype=dtype, device=device)
 
 
-def load_text_encoder(config: SanaConfig, device: torch.device, *, lowercase: bool = False) -> TextEncoder:
-    """The text encoder of a config, in bfloat16 as the published models were trained, on a CPU in float32."""
-    return TextEncoder.from_pretrained(
+def load_text_encoder(
+    config: SanaConfig,
+    device: torch.device,
+    *,
+    lowercase: bool = False,
+    dtype: torch.dtype | None = None,
+    finish: Finish | None = None,
+) -> TextEncoder:
+    """The text encoder of a config in `dtype`; None is bfloat16 as the published models were trained, on a CPU float32.
+
+    Args:
+        finish: see `fill`. Weights are then read layer by layer, and on a CPU None is the dtype that they are stored in.
+    """
+    usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+    encoder = TextEncoder.from_pretrained(
         config.text_encoder.text_encoder_name,
         max_length=config.text_encoder.model_max_length,
         chi_prompt=config.text_encoder.chi_prompt,
-        dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
-        device=device,
+        dtype=(dtype or usual)
+        if finish is None
+        else "auto",  # as stored: views of the file, which take no memory
+        device=device if finish is None else "cpu",
         lowercase=lowercase,
     )
+    if finish is not None:
+        files = Path(encoder.model.name_or_path).glob("*.safetensors")
+        wanted = dtype or (None if device.type == "cpu" else torch.bfloat16)
+        fill(encoder.model, None, device=device, dtype=wanted, finish=finish, files=list(files))
+    return encoder
 
 
 def find_device(name: torch.device | str | None) -> torch.device:

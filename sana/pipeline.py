@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from sana import loading
 from sana.config import SanaConfig, load_config
 from sana.diffusion.guidance import Guidance, guided
-from sana.diffusion.scm import FreshNoise, scm, scm_times
+from sana.diffusion.noise import starting_noise
+from sana.diffusion.scm import scm, scm_times
 from sana.diffusion.scm import scm_schedule as scm_schedule  # for checks of the samplers
 from sana.diffusion.solvers import DEFAULT_STEPS, SOLVERS, Callback
 from sana.loading import DEFAULT_CONFIG
@@ -23,11 +24,16 @@ from sana.models.sprint import TrigFlow
 from sana.models.state_dict import resolve_transformer
 from sana.models.text_encoder import NULL_MASKS, TextEncoder, TextFeatures, trim_together, unconditional_mask
 from sana.models.transformer import SanaTransformer
-from sana.resolution import TABLES, Table, nearest_bucket, parse_prompt_size
+from sana.resolution import Table, drawn_size, generation_table, read_sizes
+from sana.runtime import decoding
+from sana.runtime import offload as offloading
+from sana.runtime import quantize as quantizing
 from sana.runtime.capture import CapturedTransformer
 from sana.runtime.compile import compile_blocks
+from sana.runtime.stages import NonFiniteError as NonFiniteError  # for callers
+from sana.runtime.stages import PromptFeatures, pair_prompts, require_finite, require_plain_guidance, stage
 from sana.runtime.step_cache import StepCachedTransformer
-from sana.utils import hub, images, seeding
+from sana.utils import hub, images
 from sana.utils.logging import get_logger
 from sana.utils.seeding import image_seed as image_seed  # for callers that draw one image of many
 
@@ -42,17 +48,14 @@ OUTPUT_TYPES = ("tensor", "pil", "latent")
 logger = get_logger(__name__)
 
 
-class NonFiniteError(ArithmeticError):
-    """Latents or pixels hold NaN or infinity: nothing that could be shown."""
-
-
 class SanaPipeline:
     """Text to image with one model; calls share no state, so equal calls give equal images.
 
     Attributes:
         config: the model's `SanaConfig`.
-        transformer, autoencoder, text_encoder: the three networks. Before `from_pretrained` the transformer is on the
-            meta device: it has shapes and no memory.
+        transformer, autoencoder, text_encoder: the three networks. One that `offload` has sent away, and the transformer
+            before `from_pretrained`, is on the meta device: it has shapes and no memory.
+        decode_bytes, decode_tile: `max_bytes` and `tile` of `sana.runtime.decoding.decode`.
         weights: file or folder of the transformer's weights; None before `from_pretrained`.
         loras: (hash of the file, weight) of each adapter that is loaded.
     """
@@ -65,6 +68,8 @@ class SanaPipeline:
         dtype: torch.dtype | str | None = None,
         lowercase: bool = False,
         compile: bool = False,
+        quantize: str | Mapping[str, str] | None = None,
+        offload: str = "none",
     ) -> None:
         """Build the networks of a config and load the weights that it names.
 
@@ -75,27 +80,34 @@ class SanaPipeline:
             dtype: of the transformer, also by name ("bf16"); one that the weights were not made for is refused. None is
                 the config's `model.mixed_precision` on a GPU, corrected where the weights need another, and float32 on
                 a CPU. The autoencoder runs in the config's `vae.weight_dtype` and the text encoder in bfloat16, as the
-                published ones were trained, both in float32 on a CPU.
+                published ones were trained; on a CPU both in float32, or in bfloat16 where that is what you ask for.
             lowercase: lower-case and strip prompts, as diffusers does. The published models were trained without.
             compile: compile the transformer, see `compile`.
+            quantize: {"transformer": kind, "text_encoder": kind} or "transformer=int8,text_encoder=nf4", with kinds of
+                `sana.runtime.quantize.KINDS`.
+            offload: a mode of `sana.runtime.offload.TOGETHER`: which networks are on the device at the same time.
 
         Raises:
-            ValueError: a bad config, or a part of the model that is missing or does not fit.
+            ValueError: a bad config, a part of the model that is missing or does not fit, or what this device cannot do.
         """
         config = config_path
         if not isinstance(config, SanaConfig):
             config = load_config(hub.resolve(config or DEFAULT_CONFIG))
-        device, dtype = loading.find_device(device), loading.find_dtype(dtype)
-        path, weights = config.model.load_from, None
-        if path:  # first: what is wrong with the weights is known before gigabytes of text encoder are read
-            transformer = loading.load_transformer(config, path, dtype=dtype, device=device)
-            weights = resolve_transformer(path)
-        else:
-            transformer = loading.empty_transformer(config)
-        autoencoder = loading.load_autoencoder(config, device)
-        text_encoder = loading.load_text_encoder(config, device, lowercase=lowercase)
-        self._assemble(config, transformer, autoencoder, text_encoder)
-        self.weights, self._ready, self._wanted_dtype = weights, weights is not None, dtype
+        self.config, self._device = config, loading.find_device(device)
+        self._wanted_dtype, self._lowercase = loading.find_dtype(dtype), lowercase
+        self.quantize, self.offload = quantizing.parse(quantize), offload
+        quantizing.check(self.quantize, self.device)
+        offloading.check(offload, quantized=bool(self.quantize), compile=compile)
+        path = config.model.load_from
+        self._path, self.loras, self._adapters = path, (), []
+        # First: what is wrong with the weights is known before gigabytes of text encoder are read.
+        transformer = self._read("transformer") if path else loading.empty_transformer(config)
+        offloading.make_way(self.offload, self.device, "text_encoder", {"transformer": transformer})
+        self.weights = resolve_transformer(path) if path else None
+        autoencoder = self._read("autoencoder")
+        offloading.make_way(self.offload, self.device, "text_encoder", {"autoencoder": autoencoder})
+        self._assemble(config, transformer, autoencoder, self._read("text_encoder"))
+        self._ready = self.weights is not None
         if compile:
             self.compile()
 
@@ -128,6 +140,9 @@ class SanaPipeline:
         The transformer must be in eval mode when the pipeline is called.
         """
         pipeline = cls.__new__(cls)
+        pipeline._device, pipeline._wanted_dtype, pipeline.weights = None, transformer.dtype, None
+        pipeline._path, pipeline.loras, pipeline._adapters = None, (), []
+        pipeline.quantize, pipeline.offload = {}, "none"
         pipeline._assemble(config, transformer, autoencoder, text_encoder)
         return pipeline
 
@@ -151,22 +166,19 @@ class SanaPipeline:
                     f"the {what} {has} is not the {needs} that the transformer reads: use its own parts"
                 )
         self.config, self.transformer = config, transformer
-        self._network: Callable[..., Tensor] = transformer  # as the sampler calls it
+        self._wrapped: Callable[..., Tensor] | None = (
+            None  # of the transformer: captured, or with a step cache
+        )
         self._compiled, self._step_threshold = False, None
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self.weights: Path | None = None
-        self.loras: tuple[tuple[str, float], ...] = ()
         self._weights_sha256: str | None = None
-        self._wanted_dtype: torch.dtype | None = transformer.dtype
         self._ready = True
+        self.decode_bytes: int | None = None
+        self.decode_tile: int | None = None
         # Pixels that one token covers along each side: what an image's sides must be multiples of.
         self.multiple = autoencoder.downsample * transformer.config.patch_size
-        own = config.model.image_size
         # The table of generation, as in the reference, without the extreme ratios of training.
-        table = TABLES.get(f"ASPECT_RATIO_{own}_TEST", {"1.0": (own, own)})
-        self.buckets: Table = {  # some sides at 256 pixels are multiples of 16 only
-            key: size for key, size in table.items() if not any(side % self.multiple for side in size)
-        }
+        self.buckets: Table = generation_table(config.model.image_size, self.multiple)
 
     def from_pretrained(self, path: str | Path) -> SanaPipeline:
         """Load the transformer's weights, strictly, and return self. Adapters that were loaded are gone.
@@ -179,12 +191,18 @@ class SanaPipeline:
             ValueError: nothing is there, names or shapes differ from the model's, or the `dtype` that this pipeline was
                 made with is not one of those weights. The pipeline is then as it was.
         """
-        self.transformer = loading.load_transformer(
-            self.config, path, dtype=self._wanted_dtype, device=self.device
-        )
+        before = (self._path, self._adapters)
+        self._path, self._adapters = path, []
+        try:
+            transformer = self._read("transformer")
+        except ValueError:
+            self._path, self._adapters = before
+            raise
+        self.transformer = transformer
         self.weights = resolve_transformer(path)
         self._wrap_transformer()
         self._weights_sha256, self._ready, self.loras = None, True, ()
+        offloading.make_way(self.offload, self.device, "text_encoder", {"transformer": transformer})
         return self.compile() if self._compiled else self
 
     def compile(self) -> SanaPipeline:
@@ -206,7 +224,7 @@ class SanaPipeline:
         Raises:
             ValueError: it is not above 0, or the steps are captured, in which nothing can be decided.
         """
-        if threshold is not None and isinstance(self._network, CapturedTransformer):
+        if threshold is not None and isinstance(self._wrapped, CapturedTransformer):
             raise ValueError(
                 "a step cache decides in each step, which a captured step cannot: leave out compile"
             )
@@ -215,28 +233,35 @@ class SanaPipeline:
         return self
 
     def _wrap_transformer(self) -> None:
-        """Set `_network`: the transformer as the sampler calls it."""
-        self._network = self.transformer
+        """Make `_wrapped` anew."""
+        self._wrapped = None
         if self._step_threshold is not None:
-            self._network = StepCachedTransformer(self.transformer, self._step_threshold)
+            self._wrapped = StepCachedTransformer(self.transformer, self._step_threshold)
         elif self._compiled and self.device.type == "cuda":
-            self._network = CapturedTransformer(self.transformer)
+            self._wrapped = CapturedTransformer(self.transformer)
 
     def load_lora(self, path: str | Path, weight: float = 1.0) -> SanaPipeline:
         """Add an adapter (LoRA, with the keys of peft or diffusers) to the transformer, times `weight`; returns self.
 
         Raises:
-            ValueError: nothing is there, it does not fit the transformer, or no weights are loaded.
+            ValueError: nothing is there, it does not fit the transformer, no weights are loaded, or they are quantised.
         """
         self._require_weights()
-        lora.load_lora(self.transformer, path, weight)
+        if "transformer" in self.quantize or self.offload == "sequential":
+            raise ValueError(
+                "an adapter is added into the weights, which must not be quantised or offloaded layer by layer: "
+                "leave out quantize transformer and offload sequential"
+            )
+        lora.load_lora(self._need("transformer"), path, weight)
+        self._adapters.append((path, weight))
         self.loras += ((hub.sha256(hub.resolve_model(path)), weight),)
         return self
 
     def unload_lora(self) -> None:
         """Take all adapters away again."""
-        lora.unload_lora(self.transformer)
-        self.loras = ()
+        if not offloading.is_dropped(self.transformer):  # else they are not added when it comes back
+            lora.unload_lora(self.transformer)
+        self.loras, self._adapters = (), []
 
     @property
     def weights_sha256(self) -> str | None:
@@ -247,8 +272,8 @@ class SanaPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.autoencoder.parameters()).device
+        """Where the networks compute."""
+        return self._device or next(self.autoencoder.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,6 +309,7 @@ class SanaPipeline:
         timesteps: Sequence[float] | None = None,
         output_type: str = "tensor",
         callback: Callback | None = None,
+        features: PromptFeatures | None = None,
     ) -> Tensor | list[Image]:
         """Draw `num_images_per_prompt` images of each prompt, in one batch, in the order of the prompts.
 
@@ -313,6 +339,7 @@ class SanaPipeline:
             output_type: "tensor", "pil", or "latent" for what the autoencoder would decode, at the size drawn.
             callback: called after every step as callback(step, total, x, x0), see `sana.diffusion.solvers.Callback`. An
                 exception that it raises ends the call and leaves nothing behind.
+            features: what `encode` made of these prompts, negative prompts and settings; then the text encoder rests.
 
         Returns:
             (n, 3, height, width) float32 in about [-1, 1] on `device`, or n pictures, or latents (n, C, H/32, W/32).
@@ -320,6 +347,7 @@ class SanaPipeline:
         Raises:
             ValueError: a setting out of range; for a size that cannot be, the message holds the nearest that can.
             NonFiniteError: the latents or pixels are not finite.
+            MemoryError: memory ran out; says at which stage. `sana.runtime.decoding.DecodeError` holds the latents.
         """
         sampler = sampler or self.config.scheduler.vis_sampler
         self._check(sampler, output_type, null_mask, num_images_per_prompt)
@@ -330,37 +358,109 @@ class SanaPipeline:
             )
         times = scm_times(num_inference_steps, *angles) if sampler == "scm" else None
         steps = SAMPLERS[sampler] if num_inference_steps is None else num_inference_steps
-        prompts, asked = self._read_sizes(prompt, height, width)
+        own = self.config.model.image_size
+        default = (own if height is None else height, own if width is None else width)
+        prompts, asked = read_sizes([prompt] if isinstance(prompt, str) else prompt, default, self.buckets)
         size, drawn_size = self.sizes(*asked, use_resolution_binning)
-        prompts, negatives = _pair_prompts(prompts, negative_prompt, num_images_per_prompt)
+        prompts, negatives = pair_prompts(prompts, negative_prompt, num_images_per_prompt)
         guidance = Guidance(
             guidance_scale, interval_guidance, pag_guidance_scale, tuple(self.config.model.pag_applied_layers)
         )
 
-        noise, noise_like = self._noise(
-            len(prompts), num_images_per_prompt, drawn_size, generator, latents, seed
+        side = self.autoencoder.downsample
+        shape = (self.autoencoder.latent_channels, drawn_size[0] // side, drawn_size[1] // side)
+        noise, noise_like = starting_noise(
+            len(prompts),
+            num_images_per_prompt,
+            shape,
+            self.device,
+            generator=generator,
+            latents=latents,
+            seed=seed,
         )
-        text = self.text_encoder.encode(prompts)
-        if sampler == "scm":  # guidance is an input of the network, so there is no unconditional branch
-            _require_plain_guidance(guidance, negatives)
-            text = text.trimmed()
-            network = TrigFlow(self.transformer, text.embeds, text.mask, guidance=guidance.scale)
-            latents = scm(network, noise, times, noise_like, callback=callback)
-        else:
-            null = self.text_encoder.encode_unconditional(negatives)
-            null = TextFeatures(null.embeds, unconditional_mask(text.mask, null.mask, null_mask))
-            text, null = trim_together(text, null)  # no work on padding
-            schedule, solver = SOLVERS[sampler]
-            sigmas = schedule(steps, shift=self.flow_shift)
-            velocity = guided(self._network, text, null, guidance, sigmas[:-1].tolist())
-            latents = solver(velocity, noise, sigmas, callback=callback)
+        if sampler == "scm":
+            require_plain_guidance(negatives, uses_pag=guidance.uses_pag, interval=guidance.interval)
+        if features is None:
+            features = self.encode(prompts, negatives, null_mask=null_mask, sampler=sampler)
+        text, null = features.text, features.null
+        self._need("transformer")
+        with stage("drawing {} at {} x {}".format(len(prompts), *drawn_size)):
+            if null is None:  # guidance is an input of the network, so there is no unconditional branch
+                network = TrigFlow(self.transformer, text.embeds, text.mask, guidance=guidance.scale)
+                latents = scm(network, noise, times, noise_like, callback=callback)
+            else:
+                schedule, solver = SOLVERS[sampler]
+                sigmas = schedule(steps, shift=self.flow_shift)
+                velocity = guided(
+                    self._wrapped or self.transformer, text, null, guidance, sigmas[:-1].tolist()
+                )
+                latents = solver(velocity, noise, sigmas, callback=callback)
         self._require_finite("latents", latents)
-        if output_type == "latent":
-            return latents
-        pixels = self.autoencoder.decode(latents).float()
-        self._require_finite("pixels", pixels)
-        pixels = images.cover(pixels, *size)
-        return images.to_pil(pixels) if output_type == "pil" else pixels
+        return latents if output_type == "latent" else self.decode(latents, size, output_type)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        *,
+        null_mask: str = "prompt",
+        sampler: str | None = None,
+    ) -> PromptFeatures:
+        """What `__call__` computes of prompts, without size options in them, and of as many negative prompts."""
+        encoder = self._need("text_encoder")
+        with stage(f"encoding the text of {len(prompts)} prompts"):
+            text = encoder.encode(prompts)
+            if (sampler or self.config.scheduler.vis_sampler) == "scm":
+                return PromptFeatures(text.trimmed(), None)
+            null = encoder.encode_unconditional(negative_prompts)
+            null = TextFeatures(null.embeds, unconditional_mask(text.mask, null.mask, null_mask))
+            return PromptFeatures(*trim_together(text, null))  # no work on padding
+
+    @torch.no_grad()
+    def decode(
+        self, latents: Tensor, size: tuple[int, int], output_type: str = "tensor"
+    ) -> Tensor | list[Image]:
+        """From latents (n, C, h, w) to pixels or pictures of `size` (height, width); arguments and errors as in `__call__`."""
+        autoencoder = self._need("autoencoder")
+        pixels = decoding.decode(autoencoder, latents, max_bytes=self.decode_bytes, tile=self.decode_tile)
+        with stage(f"making a picture of {size[0]} x {size[1]} pixels"):
+            pixels = pixels.float()
+            self._require_finite("pixels", pixels)
+            pixels = images.cover(pixels, *size)
+            return images.to_pil(pixels) if output_type == "pil" else pixels
+
+    def _read(self, name: str) -> Any:
+        """One of the networks from its files, with what is to be done to its weights."""
+        # What waits in the CPU's memory comes to a GPU when it is needed.
+        alone = offloading.others(self.offload, name)
+        device = torch.device("cpu") if alone and self.device.type != "cpu" else self.device
+        # On a CPU an explicit bfloat16 is meant for all three.
+        half = torch.bfloat16 if (self.device.type, self._wanted_dtype) == ("cpu", torch.bfloat16) else None
+        if name == "autoencoder":
+            return loading.load_autoencoder(self.config, device, half)
+        layered = self.offload == "sequential"
+        finish = quantizing.finisher(self.quantize[name], name) if name in self.quantize else None
+        if name == "text_encoder":
+            if layered:
+                finish = offloading.layer_by_layer(self.device)
+            return loading.load_text_encoder(
+                self.config, device, lowercase=self._lowercase, dtype=half, finish=finish
+            )
+        if layered:
+            finish = offloading.layer_by_layer(self.device, loading.load_transformer_state(self._path))
+        transformer = loading.load_transformer(
+            self.config, self._path, dtype=self._wanted_dtype, device=device, finish=finish
+        )
+        for path, weight in self._adapters:
+            lora.load_lora(transformer, path, weight)
+        return transformer
+
+    def _need(self, name: str) -> Any:
+        """The network `name` on the device, and those gone that cannot be there together with it."""
+        if self.offload != "none" and offloading.bring(self, name, self._read) and name == "transformer":
+            self.compile() if self._compiled else self._wrap_transformer()
+        return getattr(self, name)
 
     def _require_weights(self) -> None:
         if not self._ready:
@@ -386,114 +486,14 @@ class SanaPipeline:
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
 
-    def _read_sizes(
-        self, prompt: str | Sequence[str], height: int | None, width: int | None
-    ) -> tuple[list[str], tuple[int, int]]:
-        """The prompts without their size options, and the one (height, width) that all of them ask for."""
-        own = self.config.model.image_size
-        default = (own if height is None else height, own if width is None else width)
-        parsed = [
-            parse_prompt_size(text, self.buckets)
-            for text in ([prompt] if isinstance(prompt, str) else prompt)
-        ]
-        sizes = dict.fromkeys(size or default for _, size in parsed)
-        if len(sizes) > 1:
-            listed = ", ".join(f"{height} x {width}" for height, width in sizes)
-            raise ValueError(
-                f"one call draws one size, but these prompts ask for {listed}: call once for each (sana.generation does)"
-            )
-        return [text for text, _ in parsed], next(iter(sizes), default)
-
     def sizes(self, height: int, width: int, binning: bool) -> tuple[tuple[int, int], tuple[int, int]]:
         """((height, width) asked for, (height, width) to draw at); arguments and error as in `__call__`."""
-        if (
-            binning and (height, width) in self.buckets.values()
-        ):  # some keys of 2880 are not their sizes' ratios
-            return (height, width), (height, width)
-        if binning and height > 0 and width > 0:
-            drawn = nearest_bucket(height, width, self.buckets)[1]
-            ratios = [float(key) for key in self.buckets]
-            if not min(ratios) - 0.01 <= height / width <= max(ratios) + 0.01:
-                raise ValueError(
-                    f"the model draws height / width from {min(ratios)} to {max(ratios)}, not {height} x {width}; the "
-                    f"nearest size is {drawn[0]} x {drawn[1]}"
-                )
-            if height * width > 2 * drawn[0] * drawn[1]:
-                logger.warning("drawn at %d x %d and enlarged to %d x %d", *drawn, height, width)
-            return (height, width), drawn
-        if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
-            near = [
-                max(self.multiple, round(side / self.multiple) * self.multiple) for side in (height, width)
-            ]
-            raise ValueError(
-                f"height and width must be positive multiples of {self.multiple}, got {height} x {width}; the nearest "
-                f"size is {near[0]} x {near[1]}, or let use_resolution_binning scale and crop"
-            )
-        return (height, width), (height, width)
-
-    def _noise(
-        self,
-        count: int,
-        copies: int,
-        size: tuple[int, int],
-        generator: torch.Generator | None,
-        latents: Tensor | None,
-        seed: int | Sequence[int] | None,
-    ) -> tuple[Tensor, FreshNoise]:
-        """Noise (count, C, H/32, W/32), float32 on the device, and a source of more of it for the steps of scm.
-
-        Images come in groups of `copies` for each prompt.
-        """
-        if sum(source is not None for source in (generator, latents, seed)) > 1:
-            raise ValueError("generator, latents and seed each decide the noise: give one of them")
-        shape = (self.autoencoder.latent_channels, *(side // self.autoencoder.downsample for side in size))
-        if latents is not None and latents.shape != (count, *shape):
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; these prompts and size need {(count, *shape)}"
-            )
-        if generator is not None:
-            sources, group = [generator] * (count // copies), copies
-        else:
-            seeds = seeding.image_seeds(seed, count, copies)
-            sources, group = [torch.Generator().manual_seed(image_seed) for image_seed in seeds], 1
-
-        def draw() -> Tensor:
-            parts = [torch.randn((group, *shape), generator=own, device=own.device) for own in sources]
-            return torch.cat(parts).to(self.device)
-
-        noise = draw()
-        return noise if latents is None else latents.to(noise), lambda step: draw()
+        drawn = drawn_size(height, width, self.buckets, multiple=self.multiple, binning=binning)
+        return (height, width), drawn
 
     def _require_finite(self, what: str, values: Tensor) -> None:
-        """NaN turns into a black picture if nobody looks."""
-        bad = (~values.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise NonFiniteError(
-                f"the {what} of image(s) {', '.join(map(str, bad))} are not finite, with the transformer in {self.dtype} and "
-                f"the autoencoder in {self.autoencoder.dtype}: use the dtype that the weights were trained in, or dtype='fp32'"
-            )
-
-
-def _require_plain_guidance(guidance: Guidance, negatives: Sequence[str]) -> None:
-    if any(negatives) or guidance.uses_pag or guidance.interval != (0, 1):
-        raise ValueError(
-            "sampler scm has no unconditional branch: a negative prompt, a PAG scale above 1 or a guidance interval would "
-            "have no effect; leave them out"
+        hint = (
+            f"with the transformer in {self.dtype} and the autoencoder in {self.autoencoder.dtype}: use the dtype that the "
+            "weights were trained in, or dtype='fp32'"
         )
-
-
-def _pair_prompts(
-    prompts: Sequence[str], negative_prompt: str | Sequence[str], copies: int
-) -> tuple[list[str], list[str]]:
-    """Prompt and negative prompt of each image."""
-    if not prompts:
-        raise ValueError("an empty list of prompts; give at least one (which may be the empty text)")
-    negatives = (
-        [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-    )
-    if len(negatives) != len(prompts):
-        raise ValueError(
-            f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for each, or one for all"
-        )
-    repeated = ([text for text in texts for _ in range(copies)] for texts in (prompts, negatives))
-    return tuple(repeated)
+        require_finite(what, values, hint)

@@ -8,8 +8,13 @@ Each size has a training table and a smaller table for generation (`_TEST`) with
 """
 
 import re
+from collections.abc import Sequence
+
+from sana.utils.logging import get_logger
 
 Table = dict[str, tuple[int, int]]
+
+logger = get_logger(__name__)
 
 # fmt: off
 _1024: Table = {
@@ -84,6 +89,13 @@ def table_for(image_size: int, *, training: bool = False) -> Table:
     return TABLES[name]
 
 
+def generation_table(image_size: int, multiple: int) -> Table:
+    """The sizes of a model of `image_size` pixels whose tokens cover `multiple`: one square where there is no table."""
+    table = TABLES.get(f"ASPECT_RATIO_{image_size}_TEST", {"1.0": (image_size, image_size)})
+    # Some sides at 256 pixels are multiples of 16 only.
+    return {key: size for key, size in table.items() if not any(side % multiple for side in size)}
+
+
 def nearest_bucket(height: float, width: float, table: Table) -> tuple[str, tuple[int, int]]:
     """The bucket whose ratio key is nearest to height / width, as (key, (height, width)); the first one of a tie.
 
@@ -126,3 +138,54 @@ def parse_prompt_size(prompt: str, table: Table) -> tuple[str, tuple[int, int] |
     size = (height, width) if name == "hw" else nearest_bucket(height, width, table)[1]
     start, end = options[0].span()
     return " ".join(part for part in (prompt[:start].strip(), prompt[end:].strip()) if part), size
+
+
+def read_sizes(
+    prompts: Sequence[str], default: tuple[int, int], table: Table
+) -> tuple[list[str], tuple[int, int]]:
+    """The prompts without their size options, and the one (height, width) that all of them ask for.
+
+    Raises:
+        ValueError: as `parse_prompt_size`; or they ask for several sizes.
+    """
+    parsed = [parse_prompt_size(text, table) for text in prompts]
+    sizes = dict.fromkeys(size or default for _, size in parsed)
+    if len(sizes) > 1:
+        listed = ", ".join(f"{height} x {width}" for height, width in sizes)
+        raise ValueError(
+            f"one call draws one size, but these prompts ask for {listed}: call once for each (sana.generation does)"
+        )
+    return [text for text, _ in parsed], next(iter(sizes), default)
+
+
+def drawn_size(height: int, width: int, table: Table, *, multiple: int, binning: bool) -> tuple[int, int]:
+    """The (height, width) at which an image of `height` x `width` pixels is drawn.
+
+    Args:
+        table: of the model.
+        multiple: pixels that one token covers along each side.
+        binning: take the bucket of the table with the nearest ratio; else the size itself.
+
+    Raises:
+        ValueError: it cannot be; the message holds the nearest size that can.
+    """
+    if binning and (height, width) in table.values():  # some keys of 2880 are not their sizes' ratios
+        return height, width
+    if binning and height > 0 and width > 0:
+        drawn = nearest_bucket(height, width, table)[1]
+        ratios = [float(key) for key in table]
+        if not min(ratios) - 0.01 <= height / width <= max(ratios) + 0.01:
+            raise ValueError(
+                f"the model draws height / width from {min(ratios)} to {max(ratios)}, not {height} x {width}; the "
+                f"nearest size is {drawn[0]} x {drawn[1]}"
+            )
+        if height * width > 2 * drawn[0] * drawn[1]:
+            logger.warning("drawn at %d x %d and enlarged to %d x %d", *drawn, height, width)
+        return drawn
+    if height <= 0 or width <= 0 or height % multiple or width % multiple:
+        near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+        raise ValueError(
+            f"height and width must be positive multiples of {multiple}, got {height} x {width}; the nearest "
+            f"size is {near[0]} x {near[1]}, or let use_resolution_binning scale and crop"
+        )
+    return height, width

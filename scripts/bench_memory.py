@@ -86,14 +86,15 @@ def score(pipeline: Any, limit: int) -> float:
     """The shapes benchmark's score on `limit` prompts of each tag."""
     from sana.evaluation import shapes_benchmark as benchmark
     from sana.generation import Settings
-    from sana.metrics.geneval import read_prompts, summarize
+    from sana.metrics.geneval import load_prompts, summarise
+    from sana.shapes.benchmark import PROMPTS_FILE
     from sana.utils import hub
 
-    prompts = benchmark.subset(read_prompts(hub.resolve(benchmark.PROMPTS)), limit)
+    prompts = benchmark.subset(load_prompts(hub.resolve(PROMPTS_FILE)), limit)
     with tempfile.TemporaryDirectory() as folder:
         benchmark.draw(pipeline, prompts, Path(folder), Settings(), batch_size=4)
         records = benchmark.score(benchmark.find_images(folder, prompts))
-    return round(summarize(records)["overall"], 3)
+    return round(summarise(records)["overall"], 3)
 
 
 def compare(folder: Path, row: dict[str, Any]) -> dict[str, Any]:

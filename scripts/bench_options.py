@@ -125,7 +125,7 @@ def run(args: Namespace) -> None:
     for option, row in values.items():
         row["seconds"] = statistics.median(times[option])
         row["speed"] = statistics.median(times["exact"]) / row["seconds"]
-        row["reused_steps"] = getattr(pipelines[option][0]._network, "reused", 0)
+        row["reused_steps"] = getattr(pipelines[option][0]._wrapped, "reused", 0)
         figures = f"{row['speed']:5.2f}x  latents {row['latent_error']:8.1e}  PSNR {row['psnr']:5.1f} dB"
         print(f"{option:20} {figures}  score {row['score']:.3f}", flush=True)
     if args.output:

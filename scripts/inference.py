@@ -9,58 +9,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from sana.data.prompts import Prompt, read_json, read_picture, read_txt
+from sana.inference import ABLATIONS, FIELDS, FLAGS, UNUSED, make_memory_plan
 from sana.utils import hub
-from sana.utils.cli import Parser, at_least, boolean, numbers, words
-
-
-def steps(text: str) -> int | None:
-    """Argument type: -1 stands for the sampler's usual number."""
-    return None if text == "-1" else at_least(1)(text)
-
-
-# Flag, type, default, help. The spelling is the published one where there is one.
-FLAGS = (
-    ("config", str, None, "YAML file (default: what --model_path says of itself, else the embedded model's)"),
-    ("model_path", str, None, "weights: path or hf://owner/repo/path (default: the config's load_from)"),
-    ("lora_scale", float, 1.0, "weight of every --lora"),
-    ("negative_prompt", str, "", "what to steer away from, for all prompts"),
-    ("num_images_per_prompt", at_least(1), 1, "images of each prompt"),
-    ("height", at_least(1), None, "pixels; --ar H:W or --hw H:W inside a prompt comes first"),
-    ("width", at_least(1), None, "pixels"),
-    ("custom_image_size", at_least(1), None, "replaces the config's image_size and table of sizes"),
-    ("bs", at_least(1), 1, "images drawn at once"),
-    ("cfg_scale", float, 4.5, "classifier-free guidance; 1 is off"),
-    ("pag_scale", float, 1.0, "perturbed-attention guidance; 1 is off"),
-    ("interval_guidance", numbers, (0.0, 1.0), "[LO,HI]: times in [0, 1] at which guidance acts"),
-    ("sampling_algo", str, None, "flow_dpm-solver, flow_euler, scm for Sprint (default: the config's)"),
-    ("step", steps, None, "network evaluations (default or -1: 20, 28 for flow_euler, 2 for scm)"),
-    ("max_timesteps", float, None, "scm: the first angle (default: 1.5708)"),
-    ("intermediate_timesteps", float, None, "scm: the second angle of two steps (default: 1.3)"),
-    ("timesteps", numbers, None, "[A,B,...,0]: scm: all angles, one more than steps"),
-    ("null_mask", str, "prompt", "mask of the negative prompt: prompt (reference) or own (diffusers)"),
-    ("lowercase", boolean, False, "lower-case and strip prompts, as diffusers does"),
-    ("seed", int, 0, "of the noise, together with a prompt's place in its file"),
-    ("sample_nums", at_least(1), 100000, "use the first so many prompts"),
-    ("start_index", at_least(0), 0, "of those, use the ones from here ..."),
-    ("end_index", at_least(1), 30000, "... to before here; a prompt's noise stays the same"),
-    ("work_dir", Path, "output/inference", "the folder of the images is made in here"),
-    ("dataset", str, None, "first word of that folder's name (default: the prompt file's name)"),
-    ("add_label", str, "", "end of that folder's name"),
-    ("image_format", str, "png", "png or jpg"),
-    ("jpeg_quality", int, 95, "1 to 100"),
-    ("grid", Path, None, "FILE.png: also write one sheet of all images"),
-    ("tar_and_del", boolean, False, "leave one .tar instead of the folder"),
-    ("if_save_dirname", boolean, False, "write the folder's name to a file in WORK_DIR/metrics"),
-    ("ablation_key", str, None, "cfg_scale, pag_scale, step or seed: draw once for each of several values"),
-    ("ablation_selections", words, None, "[A,B,...]: those values"),
-    ("device", str, None, "cpu, cuda, cuda:1 (default: a GPU where there is one)"),
-    ("compile", boolean, False, "compile the transformer: slow first images of a size, faster later ones"),
-    ("dtype", str, None, "fp32, bf16 or fp16, of the transformer (default: the config's, and fp32 on a CPU)"),
-)
-ABLATIONS = {"cfg_scale": float, "pag_scale": float, "step": steps, "seed": int}
-FIELDS = {"cfg_scale": "guidance_scale", "pag_scale": "pag_guidance_scale", "step": "num_inference_steps"}
-FIELDS |= {"sampling_algo": "sampler"}
-UNUSED = ("version", "exist_time_prefix", "gpu_id", "debug")
+from sana.utils.cli import Parser, boolean
 
 
 def make_parser() -> Parser:
@@ -98,8 +49,13 @@ def run(args: Namespace, overrides: list[str]) -> None:
         sizes = (f"model.image_size={size}", f"data.image_size={size}")
         overrides = [*overrides, *sizes, f"model.aspect_ratio_type=ASPECT_RATIO_{size}"]
     config = find_config(args.config, args.model_path, overrides)
-    how = {name: getattr(args, name) for name in ("device", "dtype", "lowercase", "compile")}
-    pipeline = SanaPipeline(config, **how)
+    plan = make_memory_plan(config, args, prompts)
+    if args.plan:
+        print(plan)
+        return
+    how = {name: getattr(args, name) for name in ("device", "dtype", "lowercase", "compile", "quantize")}
+    pipeline = SanaPipeline(config, **how, offload=plan.setting.offload)
+    pipeline.decode_bytes, pipeline.decode_tile = plan.setting.max_bytes, plan.setting.tile
     for path in args.lora:
         pipeline.load_lora(path, args.lora_scale)
 
@@ -109,7 +65,7 @@ def run(args: Namespace, overrides: list[str]) -> None:
         name = generation.folder_name(pipeline, setting, args.dataset or dataset, args.add_label)
         folder = args.work_dir / name
         extras = {"grid": args.grid, "tar_and_del": args.tar_and_del, "save_name": args.if_save_dirname}
-        counts = {"batch_size": args.bs, "num_images_per_prompt": args.num_images_per_prompt}
+        counts = {"batch_size": plan.setting.batch, "num_images_per_prompt": args.num_images_per_prompt}
         for path in generation.generate_folder(pipeline, prompts, folder, setting, **counts, **extras):
             print(path)
 

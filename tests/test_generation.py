@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sana import generation
 from sana.data.prompts import Prompt
@@ -431,6 +432,7 @@ def test_impossible_sizes_are_found_before_drawing(pipeline, tmp_path, prompt, m
         ({"num_inference_steps": 0}, "at least 1, got 0"),
         ({"image_format": "webp"}, "unknown image format 'webp'"),
         ({"jpeg_quality": 0}, "from 1 to 100, got 0"),
+        ({"jpeg_subsampling": "4:2:2"}, "4:4:4 or 4:2:0, got '4:2:2'"),
     ],
 )
 def test_wrong_settings(change, message):
@@ -452,6 +454,31 @@ def test_jpeg(reference, pipeline, tmp_path):
         for path in (tmp_path / row["file"], reference[0] / f"{FILES[0]}.png")
     )
     assert 0 < np.abs(lossy - exact).mean() < 10
+
+
+def test_jpeg_with_colours_at_half_resolution(pipeline, tmp_path):
+    for sampling, factor in (("4:4:4", 1), ("4:2:0", 2)):
+        settings = replace(SETTINGS, image_format="jpg", jpeg_subsampling=sampling)
+        (row,) = generate(pipeline, PROMPTS[:1], tmp_path / str(factor), settings)
+        with Image.open(tmp_path / str(factor) / row["file"]) as picture:
+            assert picture.layer[0][1:3] == (factor, factor)
+        # What was drawn before there was a choice is gone on with.
+        assert row["settings"].get("jpeg_subsampling") == (None if factor == 1 else "4:2:0")
+
+
+def test_files_named_by_the_caller(reference, pipeline, tmp_path):
+    rows = generate(
+        pipeline,
+        PROMPTS[:2],
+        tmp_path,
+        SETTINGS,
+        num_images_per_prompt=2,
+        stem=lambda prompt, sample: f"{prompt.index}/in/{sample}",
+    )
+    assert [row["file"] for row in rows] == ["0/in/0.png", "0/in/1.png", "1/in/0.png", "1/in/1.png"]
+    assert all((tmp_path / row["file"]).is_file() for row in rows)
+    with pytest.raises(ValueError, match="two prompts would be written to same.png"):
+        generate(pipeline, PROMPTS[:2], tmp_path / "b", SETTINGS, stem=lambda prompt, sample: "same")
 
 
 def test_archive_grid_and_name(reference, pipeline, tmp_path, capsys):

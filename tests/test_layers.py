@@ -28,6 +28,7 @@ ALLOWED = {
     "loading": {"utils", "config", "models"},
     "pipeline": {"utils", "config", "resolution", "models", "diffusion", "runtime", "loading"},
     "generation": {"utils", "config", "resolution", "data.prompts", "runtime", "pipeline"},
+    "inference": {"utils", "config", "resolution", "data.prompts", "models", "runtime", "loading"},
     "evaluation": {"utils", "config", "shapes", "metrics", "data.prompts", "generation", "pipeline"},
     "serving": {"utils", "config", "resolution", "runtime", "pipeline", "generation"},
     "training": {

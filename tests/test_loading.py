@@ -242,8 +242,7 @@ def test_the_era_outlives_conversions(config_path, state, tmp_path, caplog):
     caplog.clear()
     config = loading.config_for(tmp_path / "two", ["model.mixed_precision=bf16"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Module, "to_empty", lambda model, **_: model)  # a GPU without memory
-        patch.setattr(loading, "load_into", lambda model, state: None)
+        patch.setattr(loading, "fill", lambda model, state, **_: None)  # a GPU without memory
         model = loading.load_transformer(config, tmp_path / "two", dtype=None, device=torch.device("meta"))
     assert (model.dtype, model.config.clamp_attention) == (torch.float16, True)
     assert "float16 instead of the config's bfloat16" in caplog.text

@@ -10,6 +10,7 @@ from app.sana_pipeline import SanaPipeline as PublishedPipeline
 from sana import pipeline as module
 from sana.config import load_config
 from sana.diffusion.guidance import Guidance, guided
+from sana.diffusion.noise import starting_noise
 from sana.diffusion.scm import scm, scm_schedule
 from sana.diffusion.solvers import SOLVERS
 from sana.models.sprint import TrigFlow
@@ -383,7 +384,7 @@ def test_defect_the_default_generator_was_on_the_wrong_device(pipeline, monkeypa
     """Noise is drawn where its generator is, and then brought to the networks; here to a device without memory."""
     monkeypatch.setattr(SanaPipeline, "device", torch.device("meta"))
     for generator in (None, torch.Generator("cpu")):
-        noise, noise_like = pipeline._noise(2, 1, (64, 96), generator, None, None)
+        noise, noise_like = starting_noise(2, 1, (32, 2, 3), pipeline.device, generator=generator)
         assert noise.device.type == noise_like(1).device.type == "meta"
         assert noise.shape == noise_like(1).shape == (2, 32, 2, 3)
 
@@ -406,7 +407,7 @@ def test_latents_that_are_not_finite_are_an_error(draw):
 
 def test_pixels_that_are_not_finite_are_an_error(pipeline, draw, monkeypatch):
     monkeypatch.setattr(
-        pipeline.autoencoder, "decode", lambda latents: torch.full((1, 3, 64, 64), float("nan"))
+        pipeline.autoencoder, "decode", lambda latents, **_: torch.full((1, 3, 64, 64), float("nan"))
     )
     with pytest.raises(NonFiniteError, match=r"the pixels of image\(s\) 0"):
         draw("a red circle")

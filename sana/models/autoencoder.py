@@ -1,12 +1,13 @@
 """The deep-compression autoencoder (DC-AE, F32C32): pixels in [-1, 1] to scaled latents and back.
 
-The network is diffusers' `AutoencoderDC`. What is ours is the scale: it travels with the weights (`scaling_factor` of
-their config, 0.41407 for the published ones) and is applied here and nowhere else.
+The network is diffusers' `AutoencoderDC`, whose decoder has an arithmetic of ours (`dc_ae_decoder`). The scale travels
+with the weights (`scaling_factor` of their config, 0.41407 for the published ones) and is applied here and nowhere else.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sana.models import dc_ae_names
+from sana.models import dc_ae_decoder, dc_ae_names
 from sana.models.checkpoints import AUTOENCODERS
+from sana.models.tiling import in_tiles
 from sana.utils import hub
 
 NATIVE_WEIGHTS = "model.safetensors"
@@ -46,6 +48,24 @@ class AutoencoderConfig:
     encoder_out_shortcut: bool = False
     decoder_in_shortcut: bool = False
     scaling_factor: float = 1.0
+
+
+PUBLISHED = AutoencoderConfig(
+    encoder_block_out_channels=(128, 256, 512, 512, 1024, 1024),
+    decoder_block_out_channels=(128, 256, 512, 512, 1024, 1024),
+    encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
+    decoder_layers_per_block=(3,) * 6,
+    encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+    decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
+    downsample_block_type="Conv",
+    upsample_block_type="interpolate",
+    encoder_out_shortcut=True,
+    decoder_in_shortcut=True,
+    scaling_factor=dc_ae_names.SCALING_FACTOR,
+)
+"""DC-AE 1.0 and 1.1 for Sana: 312,250,275 parameters."""
 
 
 class Autoencoder(nn.Module):
@@ -120,20 +140,81 @@ class Autoencoder(nn.Module):
         """The dtype that the network computes in."""
         return self.model.dtype
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, *, tile: int | None = None, overlap: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], H and W multiples of 32 -> scaled latents (B, 32, H/32, W/32), deterministic.
 
+        Args:
+            tile, overlap: as in `decode`.
+
         Raises:
-            ValueError: a side is not a multiple of 32.
+            ValueError: a side or one of these is not a multiple of 32.
         """
         height, width = images.shape[-2:]
         if height % self.downsample or width % self.downsample:
             raise ValueError(f"image sides must be multiples of {self.downsample}, got {height} x {width}")
-        return self.model.encode(images.to(self.dtype)).latent * self.scaling_factor
+        return self._in_tiles(self._encode, images, tile, overlap, (self.downsample, 1)) * self.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 32, h, w) -> images (B, 3, 32 h, 32 w) in about [-1, 1]."""
-        return self.model.decode((latents / self.scaling_factor).to(self.dtype)).sample
+    def decode(
+        self,
+        latents: Tensor,
+        *,
+        max_bytes: int | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+    ) -> Tensor:
+        """Scaled latents (B, 32, h, w) -> images (B, 3, 32 h, 32 w) in about [-1, 1].
+
+        Without gradients the arithmetic is that of `dc_ae_decoder`, equal but for rounding, on a CPU, where it is faster,
+        and wherever the image is decoded in strips of rows; else it is diffusers'.
+
+        Args:
+            max_bytes: about what the tensors of one strip may take. None is 2 GiB on a CPU, and on a GPU the whole image,
+                unless that is too large for any.
+            tile: decode in blended tiles of so many pixels a side instead, for less memory; not exact.
+            overlap: of tiles, in pixels; None is an eighth of `tile`, rounded up to a multiple of 32.
+
+        Raises:
+            ValueError: `tile` or `overlap` is not a multiple of 32, or the overlap is as long as a tile.
+        """
+        latents = latents / self.scaling_factor
+        return self._in_tiles(
+            lambda part: self._decode(part, max_bytes), latents, tile, overlap, (1, self.downsample)
+        )
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.model.encode(images.to(self.dtype)).latent
+
+    def _decode(self, latents: Tensor, max_bytes: int | None) -> Tensor:
+        """Unscaled latents to images."""
+        latents = latents.to(self.dtype)
+        whole = max_bytes is None and latents.device.type != "cpu" and not self._is_huge(latents)
+        if torch.is_grad_enabled() or whole:
+            return self.model.decode(latents).sample
+        if hasattr(self.model, "_hf_hook"):  # accelerate's: AutoencoderDC.decode calls it
+            self.model._hf_hook.pre_forward(self.model)
+        max_bytes = max_bytes or dc_ae_decoder.WORKING_BYTES
+        return dc_ae_decoder.decode(self.model.decoder, latents, max_bytes=max_bytes)
+
+    def _in_tiles(
+        self,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        tile: int | None,
+        overlap: int | None,
+        cell: tuple[int, int],
+    ) -> Tensor:
+        if tile is None:
+            return function(x)
+        side = self.downsample
+        overlap = -(-tile // (8 * side)) * side if overlap is None else overlap
+        if tile % side or overlap % side:
+            raise ValueError(f"tile and overlap must be multiples of {side}, got {tile} and {overlap}")
+        return in_tiles(function, x, tile=tile // side, overlap=overlap // side, cell=cell)
+
+    def _is_huge(self, latents: Tensor) -> bool:
+        """Whether a tensor of the decoder would have more values than a GPU's kernels count to."""
+        width = self.model.config.decoder_block_out_channels[1]  # of the second stage's image, doubled
+        return latents[:, 0].numel() * self.downsample**2 * width >= 2**31
 
 
 def find_autoencoder(path: str | Path) -> Path | None:

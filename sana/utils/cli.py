@@ -32,14 +32,14 @@ class Parser(argparse.ArgumentParser):
     def run(self, function: Callable[..., object], *arguments: object) -> None:
         """Call `function`, and leave in one line where the user's input (status 2) or the machine (status 1) is wrong.
 
-        ValueError is for input; ArithmeticError and OSError are not. Anything else is our own mistake and keeps its traceback.
+        ValueError is for input; ArithmeticError, OSError and MemoryError are not. Anything else is our own mistake and keeps its traceback.
         """
         hush_imports()
         try:
             function(*arguments)
         except (ValueError, argparse.ArgumentTypeError) as error:
             self.error(" ".join(str(error).split()))
-        except (ArithmeticError, OSError) as error:
+        except (ArithmeticError, OSError, MemoryError) as error:
             self.exit(1, f"{self.prog}: error: {' '.join(str(error).split())}\n")
         except KeyboardInterrupt:
             sys.exit(130)

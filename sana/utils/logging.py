@@ -4,7 +4,6 @@ import logging
 
 from sana.utils import distributed
 
-
 NOISY = (
     "torch.utils._pytree",  # torchao's enums
     "diffusers.quantizers.torchao.torchao_quantizer",  # layouts that this torchao no longer has; not used here

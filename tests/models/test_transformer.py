@@ -169,14 +169,20 @@ def test_equal_calls_are_equal(model):
 def test_text_cache_gives_the_same_output(tokens):
     model = build()
     arguments = inputs(model.config)
-    wider = torch.randn(3, tokens - LENGTH, model.config.caption_channels, generator=torch.Generator().manual_seed(5))
+    wider = torch.randn(
+        3, tokens - LENGTH, model.config.caption_channels, generator=torch.Generator().manual_seed(5)
+    )
     arguments["text_embeds"] = torch.cat([arguments["text_embeds"], wider], dim=1)
     arguments["text_mask"] = torch.cat([arguments["text_mask"], wider[..., 0] > 0], dim=1)
     call = (arguments["latents"], arguments["timestep"], None)
     with torch.no_grad():
         cache = model.encode_text(arguments["text_embeds"], arguments["text_mask"])
-        assert all(isinstance(block, FoldedText) == (tokens < 16) for block in cache.blocks)  # heads of 16 channels
-        assert_close("cached", model(*call, text_cache=cache), model(**arguments), rel_rms=1e-6)  # measured: 2.2e-7
+        assert all(
+            isinstance(block, FoldedText) == (tokens < 16) for block in cache.blocks
+        )  # heads of 16 channels
+        assert_close(
+            "cached", model(*call, text_cache=cache), model(**arguments), rel_rms=1e-6
+        )  # measured: 2.2e-7
         unmasked = model.encode_text(arguments["text_embeds"])
         without = model(*call, text_cache=unmasked, perturbed_blocks=[0])
         reference = model(**{**arguments, "text_mask": None}, perturbed_blocks=[0])
@@ -190,7 +196,9 @@ def test_text_cache_gives_the_same_output(tokens):
 def test_folded_text_is_for_plain_layers_without_gradients(model):
     """What does not hold its own weights, or has a norm between, keeps its keys and values."""
     text = inputs(model.config)["text_embeds"]
-    assert not any(isinstance(block, FoldedText) for block in model.encode_text(text).blocks), "with gradients"
+    assert not any(isinstance(block, FoldedText) for block in model.encode_text(text).blocks), (
+        "with gradients"
+    )
     with torch.no_grad():
         normed = build(cross_norm=True).encode_text(text)
         assert not any(isinstance(block, FoldedText) for block in normed.blocks)

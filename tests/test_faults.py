@@ -1,0 +1,188 @@
+"""Memory that runs out, at every stage: the picture or its latents are there afterwards, and one line says what happened."""
+
+import errno
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sana.data.prompts import Prompt
+from sana.generation import IncompleteError, Settings, generate
+from sana.models.autoencoder import Autoencoder
+from sana.models.text_encoder import TextEncoder
+from sana.models.transformer import SanaTransformer
+from sana.pipeline import SanaPipeline
+from sana.runtime.latents import load_latents
+from sana.utils import images
+from tests.factories import write_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = [Prompt(text=f"{count} red circles", index=count) for count in range(2)]
+SETTINGS = Settings(num_inference_steps=3)
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(config):
+    return SanaPipeline(config, device="cpu")
+
+
+def failing(monkeypatch, owner, name: str, fails, error=None) -> list[int]:
+    """Let calls of `owner.name` raise for which `fails(number of the call, arguments)`; the list counts them."""
+    usual, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(len(calls))
+        if fails(calls[-1], args):
+            raise error or RuntimeError(NO_MEMORY)
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+STAGES = {
+    "text": (TextEncoder, "encode", "encoding the text", False),
+    "first step": (SanaTransformer, "forward", "drawing 1 at 256 x 256", False),
+    "decode": (Autoencoder, "decode", "out of memory while decoding 256 x 256", True),
+    "save": (images, "save_png", "cannot be saved: MemoryError", True),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_memory_that_never_suffices(pipeline, monkeypatch, tmp_path, caplog, stage):
+    """Both pictures fail; what is there of them stays, and the line says where."""
+    owner, name, line, leaves_latents = STAGES[stage]
+    failing(monkeypatch, owner, name, lambda number, args: True, MemoryError() if stage == "save" else None)
+    with pytest.raises(
+        IncompleteError, match="2 of 2 images failed, see .*manifest.jsonl; 00000_0-red-circles.png: "
+    ):
+        generate(pipeline, PROMPTS, tmp_path, SETTINGS, batch_size=2)
+    assert line in caplog.text
+    files = sorted(tmp_path.glob("*.latents.safetensors"))
+    rows = [json.loads(row) for row in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(line in row["error"] for row in rows)
+    if leaves_latents:
+        assert [row["latents"] for row in rows] == [file.name for file in files]
+        for file, prompt in zip(files, PROMPTS, strict=True):
+            latents, picture = load_latents(file)
+            seed = rows[prompt.index]["seed"]
+            again = {"seed": [seed], "num_inference_steps": 3, "output_type": "latent"}
+            torch.testing.assert_close(latents, pipeline(prompt.text, **again), rtol=0, atol=1e-4)
+            assert picture.file == rows[prompt.index]["file"] and picture.size == (256, 256)
+    else:
+        assert not files and "nothing is left of it" in caplog.text
+
+
+def test_memory_that_suffices_for_one_at_a_time(pipeline, monkeypatch, tmp_path, caplog):
+    steps = failing(monkeypatch, SanaTransformer, "forward", lambda number, args: len(args[1]) > 2)
+    rows = generate(pipeline, PROMPTS, tmp_path, SETTINGS, batch_size=2)
+    assert len(steps) == 1 + 2 * 3
+    assert all((tmp_path / row["file"]).is_file() and "error" not in row for row in rows)
+    assert (
+        "2 images at once failed, now one by one: out of memory while drawing 2 at 256 x 256" in caplog.text
+    )
+
+
+def test_a_later_step_leaves_how_far_it_got(pipeline, monkeypatch, tmp_path):
+    failing(monkeypatch, SanaTransformer, "forward", lambda number, args: number == 2)
+    with pytest.raises(IncompleteError, match="1 of 1 images failed"):
+        generate(pipeline, PROMPTS[:1], tmp_path, SETTINGS)
+    seen = []
+    monkeypatch.undo()
+    seed = json.loads((tmp_path / "manifest.jsonl").read_text())["seed"]
+    pipeline(
+        PROMPTS[0].text,
+        seed=[seed],
+        num_inference_steps=3,
+        callback=lambda step, total, x, x0: seen.append(x0),
+    )
+    latents, _ = load_latents(tmp_path / "00000_0-red-circles.latents.safetensors")
+    assert torch.equal(latents, seen[1])
+
+
+def test_a_second_run_makes_what_failed(pipeline, monkeypatch, tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    failing(monkeypatch, images, "save_png", lambda number, args: number == 1, full)
+    with pytest.raises(
+        IncompleteError, match=r"1 of 2 images failed.*cannot be saved: .*No space left on device"
+    ):
+        generate(pipeline, PROMPTS, tmp_path, SETTINGS)
+    kept = (tmp_path / "00000_0-red-circles.png").read_bytes()
+    rows = generate(pipeline, PROMPTS, tmp_path, SETTINGS)
+    assert not any("error" in row for row in rows)
+    assert (tmp_path / "00000_0-red-circles.png").read_bytes() == kept
+    assert (tmp_path / rows[1]["file"]).is_file()
+
+
+def test_the_command_says_it_in_a_line_with_status_1(config, monkeypatch, tmp_path, capsys):
+    failing(monkeypatch, Autoencoder, "decode", lambda number, args: True)
+    script = runpy.run_path(str(ROOT / "scripts/inference.py"))
+    words = [
+        "--prompt=a red circle",
+        f"--config={config}",
+        f"--work_dir={tmp_path}",
+        "--step=2",
+        "--device=cpu",
+    ]
+    parser = script["make_parser"]()
+    with pytest.raises(SystemExit) as left:
+        parser.run(script["run"], *parser.parse_known_args(words))
+    assert left.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "1 of 1 images failed" in last and "out of memory while decoding 256 x 256" in last
+    assert len(list(tmp_path.glob("*/*.latents.safetensors"))) == 1
+
+
+def draw_with_little(config: str, folder: str, stage: str, spare: int) -> None:
+    """In a process of its own: 1024 x 1024 with `spare` bytes of address space more than there are before the stage."""
+    import resource
+
+    pipeline = SanaPipeline(config, device="cpu")
+    pipeline("a red circle", num_inference_steps=2)  # libraries are loaded
+    usual = getattr(pipeline, stage)
+
+    def limited(*args, **kwargs):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + spare
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return usual(*args, **kwargs)
+
+    setattr(pipeline, stage, limited)
+    settings = Settings(num_inference_steps=2, height=1024, width=1024, use_resolution_binning=False)
+    try:
+        generate(pipeline, PROMPTS[:1], folder, settings)
+    except IncompleteError as error:
+        sys.exit(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "mebibytes", "leaves"),
+    [("encode", 8, "a line"), ("decode", 8, "latents"), ("decode", 1024, "picture")],
+)
+def test_address_space_that_runs_out(config, tmp_path, stage, mebibytes, leaves):
+    """For real: the allocator raises."""
+    arguments = f"{str(config)!r}, {str(tmp_path)!r}, {stage!r}, {mebibytes << 20}"
+    code = f"from tests.test_faults import draw_with_little as draw; draw({arguments})"
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    pictures, latents = list(tmp_path.glob("*.png")), list(tmp_path.glob("*.latents.safetensors"))
+    found = (len(pictures), len(latents), done.returncode)
+    assert found == {"a line": (0, 0, 1), "latents": (0, 1, 1), "picture": (1, 0, 0)}[leaves], done.stderr
+    assert "Traceback" not in done.stderr
+    if leaves != "picture":
+        assert "1 of 1 images failed" in done.stderr.splitlines()[-1]
+    if latents:
+        assert load_latents(latents[0])[0].shape == (1, 32, 32, 32)
