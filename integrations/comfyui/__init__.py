@@ -124,7 +124,8 @@ class SanaTextEncode:
         from sana.resolution import parse_prompt_size
 
         text, size = parse_prompt_size(prompt, model.buckets)
-        features = model.encode([text], [negative_prompt])
+        sampler = "scm" if model.transformer.config.cfg_embed else None  # Sprint has no other
+        features = model.encode([text], [negative_prompt], sampler=sampler)
         return (Conditioning(model, text, negative_prompt, size, features),)
 
 

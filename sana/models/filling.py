@@ -58,5 +58,7 @@ def fill(
         own = source = value = tensor = module = new = None  # what was replaced is freed now
         if read >= BYTES_AT_ONCE:
             mapped.forget(files)
+            mapped.trim()  # layers that were freed lie between those that stay
             read = 0
     mapped.forget(files)
+    mapped.trim()

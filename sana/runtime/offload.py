@@ -104,6 +104,7 @@ def rest(module: nn.Module, device: torch.device) -> None:
                 child._parameters[key] = nn.Parameter(empty, requires_grad=False)
         if getattr(child, "quant_state", None) is not None:
             child.quant_state = None  # the scales of bitsandbytes
+    mapped.trim()
 
 
 class _Copies(Mapping[str, Tensor]):

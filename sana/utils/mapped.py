@@ -1,4 +1,4 @@
-"""Files of weights that are mapped into memory: their pages count as this process's memory once they were read."""
+"""Memory that this process holds without need: pages of mapped files that were read, and what the allocator keeps."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def forget_tensor(tensor: Tensor) -> None:
     for first, last, path in _mappings():
         if first <= start and end <= last and path.startswith("/"):
             _give_back(start - start % mmap.PAGESIZE, end)
+
+
+def trim() -> None:
+    """Give back what was freed and the C library keeps for later; nothing where it cannot (only glibc can)."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(0)
 
 
 def _mappings() -> Iterable[tuple[int, int, str]]:

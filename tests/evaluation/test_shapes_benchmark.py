@@ -36,7 +36,7 @@ class FlawlessPipeline:
         )
         self.buckets = TABLES["ASPECT_RATIO_256"]
         self.weights, self.weights_sha256, self.loras = None, "0" * 64, ()
-        self.quantize, self.offload = {}, "none"
+        self.quantize, self.offload, self.device = {}, "none", torch.device("cpu")
         self.text_encoder = SimpleNamespace(lowercase=False)
         self.dtype, self.flow_shift = torch.float32, 1.0
         self.scenes = {prompt.record["prompt"]: prompt.scene for prompt in benchmark_prompts()}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sana.pipeline import SanaPipeline
 from sana.utils.hub import ROOT
 from scripts import convert_checkpoint
-from tests.factories import write_model
+from tests.factories import make_transformer, write_model
 from tests.numerics import assert_close
 
 FOLDER = ROOT / "integrations/comfyui"
@@ -185,10 +185,27 @@ def test_solver_and_size_in_the_prompt(nodes, pipeline):
     assert_same_pictures(images, pictures)
 
 
+@pytest.fixture
+def sprint(pipeline):
+    """A small model that takes the guidance as an input, behind a config that names another sampler."""
+    network = make_transformer(qk_norm=True, cross_norm=True, cfg_embed=True, cfg_embed_scale=0.1)
+    torch.nn.init.normal_(network.cfg_embedder.mlp[2].weight, std=0.2)  # zero at first
+    return SanaPipeline.from_components(pipeline.config, network, pipeline.autoencoder, pipeline.text_encoder)
+
+
+def test_sprint(nodes, sprint):
+    images = draw(nodes, sprint, "a red circle", sampler="scm", steps=0, pag=1.0)
+    settings = {"num_images_per_prompt": 2, "seed": 7, "sampler": "scm", "output_type": "pil"}
+    assert_same_pictures(images, sprint("a red circle", 80, 96, guidance_scale=3.0, **settings))
+    with pytest.raises(ValueError, match="no unconditional branch"):
+        draw(nodes, sprint, "a red circle", "a star", sampler="scm", pag=1.0)
+
+
 def test_zero_is_the_models_own(nodes, pipeline):
     steps = []
     (conditioning,) = nodes.SanaTextEncode().encode(pipeline, "a star")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "encode", None)  # the sampler has the features, and encodes nothing
         patch.setattr(nodes, "_callback", lambda: lambda step, total, x, x0: steps.append(total))
         settings = SETTINGS | {"steps": 0, "width": 0, "height": 0, "pag": 1.0, "sampler": "auto"}
         (latents,) = nodes.SanaSampler().sample(conditioning, **settings)
