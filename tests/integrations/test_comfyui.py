@@ -238,7 +238,7 @@ def test_model_folders(nodes, checkpoints, monkeypatch, tmp_path):
     assert model.weights == checkpoints / "single.safetensors"
     asked.clear()
     assert nodes._find("owner/name") == "owner/name" and nodes._find("") is None
-    assert asked == list(nodes.MODEL_FOLDERS)
+    assert asked == ["diffusion_models", "checkpoints", "diffusers", "loras"]
 
 
 def test_progress_and_cancel(nodes, pipeline, monkeypatch):
