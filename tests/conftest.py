@@ -14,10 +14,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def log_as_it_was():
-    """Commands that a test runs in this process set the level of the log; the next test would find it so."""
+def fresh_log():
+    """The log as a new process has it: commands that run in this process set its level and write to the stderr of their time."""
     logger = logging.getLogger("sana")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()

@@ -3,6 +3,7 @@
 `torchrun` and `accelerate launch` set RANK, LOCAL_RANK and WORLD_SIZE; without them there is one process, rank 0.
 """
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,4 +66,6 @@ def barrier(timeout: timedelta = timedelta(days=7)) -> None:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timeout)
+        # A process that ends with its group's threads still running is sometimes aborted by the C++ runtime.
+        atexit.register(dist.destroy_process_group)
     dist.barrier()
