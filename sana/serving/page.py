@@ -10,6 +10,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,6 @@ PREVIEWS = 5
 """How many previews an image has at most."""
 REFRESH = 0.1
 """Seconds between two looks at a request."""
-AT_ONCE = 16
-"""Requests of the page that are in the engine; the others wait in the page's own queue."""
-QUEUE = 20
-"""How long that is; beyond it a visitor is told to come back."""
 
 CSS = "progress { width: 100%; height: 1.2em } .plan { opacity: 0.7 }"
 
@@ -70,7 +67,6 @@ def build(engine: Engine, start: Start) -> gr.Blocks:
                     settings = gr.JSON(label="Settings")
         _connect(engine, form, run, cancel, [gallery, status, files, settings, form["seed"]])
         gr.Examples([[text] for text in start.examples], [form["prompt"]])
-    page.queue(max_size=QUEUE)
     return page
 
 
@@ -133,6 +129,7 @@ def _connect(
     outputs: list[gr.components.Component],
 ) -> None:
     """What the buttons do."""
+    under_way: set[tuple[str | None, Ticket]] = set()  # with the visitors
 
     async def draw(  # noqa: PLR0913 the controls; these names are those of the API
         prompt: str,
@@ -147,6 +144,7 @@ def _connect(
         guidance_scale: float,
         pag_scale: float,
         sampler: str,
+        request: gr.Request,
     ) -> AsyncIterator[Update]:
         """Draw images of a prompt. Of several answers the last holds the images: those before it are previews."""
         try:
@@ -164,29 +162,33 @@ def _connect(
             images = _whole("number of images", count)
             # In a thread: a safety model may look at the prompt, and the first request hashes the weights.
             ticket = await asyncio.to_thread(engine.submit, prompt, settings, images, previews=PREVIEWS)
-            async for update in follow(engine, ticket):
-                yield update
+            entry = (request.session_hash, ticket)
+            under_way.add(entry)
+            try:
+                async for update in follow(engine, ticket):
+                    yield update
+            finally:
+                under_way.remove(entry)
         except (ValueError, ArithmeticError, QueueFull, Closed, Expired) as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
 
-    controls = [form[name] for name in inspect.signature(draw).parameters]
-    drawing = gr.on(
+    async def stop(request: gr.Request) -> None:
+        """Let `draw` end: after gradio's own way to cancel, an update that is on its way may cover the word that it is over."""
+        for visitor, ticket in under_way:
+            if visitor == request.session_hash:
+                ticket.cancel()
+
+    controls = [form[name] for name in inspect.signature(draw).parameters if name in form]
+    gr.on(
         [run.click, form["prompt"].submit],
         draw,
         controls,
         outputs,
         api_name="run",
-        concurrency_limit=AT_ONCE,
+        concurrency_limit=None,  # the engine has a queue and its limit
         show_progress="hidden",  # there is our own bar, and the previews should be seen
     )
-    cancel.click(
-        lambda: "Cancelled.",
-        None,
-        outputs[1],
-        cancels=[drawing],
-        api_visibility="private",
-        show_progress="hidden",
-    )
+    cancel.click(stop, queue=False, api_visibility="private", show_progress="hidden")
 
 
 async def follow(engine: Engine, ticket: Ticket) -> AsyncIterator[Update]:
@@ -200,6 +202,9 @@ async def follow(engine: Engine, ticket: Ticket) -> AsyncIterator[Update]:
                 yield previews or gr.skip(), bar, None, None, ticket.settings.seed
             await asyncio.sleep(REFRESH)
         drawn = ticket.result()
+    except CancelledError:
+        yield gr.skip(), "Cancelled.", None, None, ticket.settings.seed
+        return
     finally:
         ticket.cancel()  # without effect when it is over
     with tempfile.TemporaryDirectory(prefix="sana-") as folder:  # gradio copies what it is given
