@@ -25,15 +25,14 @@ from sana.data.prompts import Prompt, read_picture, sample_stem
 from sana.data.prompts import file_stem as file_stem  # for callers
 from sana.pipeline import NULL_MASKS, SAMPLERS, Callback, SanaPipeline, image_seed
 from sana.resolution import parse_prompt_size
-from sana.runtime.latents import Picture, latents_path, save_latents
-from sana.runtime.oom import is_out_of_memory
+from sana.runtime.keeping import Keeper
 from sana.runtime.stages import PromptFeatures
 from sana.runtime.streaming import Background, Drawn, stream
 from sana.utils import distributed, images
 from sana.utils.archive import pack, unpack
 from sana.utils.files import write_atomic
 from sana.utils.logging import get_logger
-from sana.utils.manifest import Manifest, Part, Row
+from sana.utils.manifest import Manifest, Row
 
 logger = get_logger(__name__)
 
@@ -193,16 +192,22 @@ def generate(
     missing = {task for batch in share for task in batch if not _is_done(task, known, Path(folder))}
     share = [batch for batch in share if not missing.isdisjoint(batch)]
     if share:
-        rest = {"settings": record, "versions": _versions()}
         hidden = not (progress and distributed.is_main())
         with (
             manifest.part(distributed.rank()) as part,
             Background() as background,
             tqdm(total=len(missing), unit="image", disable=hidden) as bar,
         ):
-            for drawn in _draw_all(pipeline, share, settings.resolved(pipeline), bar):
+            keeper = Keeper(
+                folder=manifest.folder,
+                part=part,
+                rest={"settings": record, "versions": _versions()},
+                autoencoder=str(pipeline.config.vae.vae_pretrained),
+                dtype=pipeline.autoencoder.dtype,
+            )
+            for drawn in _draw_all(pipeline, share, settings.resolved(pipeline), bar, manifest.folder):
                 if drawn.task in missing:
-                    background.submit(partial(_keep, drawn, pipeline, part, manifest.folder, rest))
+                    background.submit(partial(keeper.keep, drawn))
                     bar.update()
     distributed.barrier()
     if distributed.is_main():
@@ -219,7 +224,11 @@ def generate(
 
 
 def _draw_all(
-    pipeline: SanaPipeline, batches: Sequence[Sequence[Task]], settings: Settings, bar: tqdm
+    pipeline: SanaPipeline,
+    batches: Sequence[Sequence[Task]],
+    settings: Settings,
+    bar: tqdm,
+    folder: Path,
 ) -> Iterator[Drawn]:
     def encode(batch: Sequence[Task]) -> PromptFeatures:
         bar.set_postfix_str("prompts")
@@ -234,49 +243,8 @@ def _draw_all(
         decode=lambda batch, latents: pipeline.decode(latents, batch[0].size, "pil"),
         callback=lambda step, total, x, x0: bar.set_postfix_str(f"step {step}/{total}"),
         device=pipeline.device,
+        folder=folder,
     )
-
-
-def _keep(drawn: Drawn, pipeline: SanaPipeline, part: Part, folder: Path, rest: Row) -> None:
-    """Write the picture and its line; what can be had where that fails."""
-    task, error = drawn.task, drawn.error
-    if drawn.picture is not None:
-        try:
-            _save(drawn.picture, task, folder, rest["settings"])
-        except (OSError, MemoryError, RuntimeError) as failure:
-            if isinstance(failure, RuntimeError) and not is_out_of_memory(failure):
-                raise
-            error = f"cannot be saved: {str(failure) or type(failure).__name__}"
-    row = task.row() | rest
-    if error:
-        left = _keep_latents(drawn, pipeline, folder, row)
-        logger.error(
-            "%s: %s; %s", task.file, error, f"its latents are in {left}" if left else "nothing is left of it"
-        )
-        row |= {"error": error} | ({"latents": left.name} if left else {})
-    part.add(row)
-
-
-def _keep_latents(drawn: Drawn, pipeline: SanaPipeline, folder: Path, row: Row) -> Path | None:
-    """The file of the latents, which `scripts/decode_latents.py` makes the picture of; None where there are none."""
-    if drawn.latents is None or not drawn.latents.isfinite().all():
-        return None
-    path, record = latents_path(folder / drawn.task.file), row["settings"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Picture(
-        file=Path(drawn.task.file).name,
-        size=drawn.task.size,
-        autoencoder=str(pipeline.config.vae.vae_pretrained),
-        dtype=str(pipeline.autoencoder.dtype).removeprefix("torch."),
-        jpeg_quality=record["jpeg_quality"],
-        text={key: str(value) for key, value in png_text(drawn.task, record).items()},
-        row=row,
-    )
-    try:
-        return save_latents(path, drawn.latents, picture)
-    except (OSError, MemoryError) as error:
-        logger.error("%s cannot be written: %s", path, error)
-        return None
 
 
 def generate_folder(
@@ -403,20 +371,6 @@ def _is_done(task: Task, known: dict[str, Row], folder: Path) -> bool:
     if "error" in row:
         return False
     return all(row.get(key) == value for key, value in task.row().items()) and (folder / task.file).is_file()
-
-
-def _save(picture: Image, task: Task, folder: Path, record: dict[str, object]) -> None:
-    path = folder / task.file
-    if record["image_format"] == "png":
-        images.save_png(picture, path, png_text(task, record))
-    else:
-        subsampling = record.get("jpeg_subsampling", "4:4:4")
-        images.save_jpeg(picture, path, record["jpeg_quality"], subsampling)
-
-
-def png_text(task: Task, record: Row) -> dict[str, object]:
-    """What a PNG says of itself: enough to draw it again, see `sana.data.prompts.read_picture`. `record`: that of `Settings`."""
-    return {"prompt": task.prompt.text, "seed": task.seed, "settings": json.dumps(record)}
 
 
 def compare_with_picture(path: str | Path, now: Row) -> None:

@@ -59,10 +59,20 @@ FLAGS = (
     ("ablation_selections", words, None, "[A,B,...]: those values"),
     ("device", str, None, "cpu, cuda, cuda:1 (default: a GPU where there is one)"),
     ("compile", boolean, False, "compile the transformer: slow first images of a size, faster later ones"),
-    ("dtype", str, None, "fp32, bf16 or fp16, of the transformer (default: the config's, and fp32 on a CPU)"),
+    (
+        "dtype",
+        str,
+        None,
+        "fp32, bf16 or fp16, of the transformer; bf16 on a CPU: of all three networks (default: the config's; CPU: fp32)",
+    ),
     ("quantize", str, None, "transformer=KIND,text_encoder=KIND: int8, int8-dynamic, fp8, fp8-dynamic, nf4"),
     ("offload", str, None, "none, text, model or sequential (default: the first of these that fits)"),
-    ("max_memory_gb", float, None, "GiB to stay within (default: what the device has free)"),
+    (
+        "max_memory_gb",
+        float,
+        None,
+        "GiB to stay within, if the device has as much (default: what it has free)",
+    ),
     ("plan", boolean, False, "print what memory the run will take, and leave"),
 )
 ABLATIONS = {"cfg_scale": float, "pag_scale": float, "step": steps, "seed": int}
@@ -71,39 +81,55 @@ FIELDS |= {"sampling_algo": "sampler"}
 UNUSED = ("version", "exist_time_prefix", "gpu_id", "debug")
 
 
-def make_memory_plan(config: SanaConfig, args: Namespace, prompts: Sequence[Prompt]) -> Plan:
+def make_memory_plan(
+    config: SanaConfig, args: Namespace, prompts: Sequence[Prompt], asked: tuple[int | None, int | None]
+) -> Plan:
     """The plan for these flags, largest of the prompts' sizes: as they say, or changed so that it fits.
 
+    Args:
+        asked: height and width of prompts that name none; None is the model's own.
+
     Raises:
-        ValueError: it does not fit whatever is done, or networks that are not on this machine are of unknown shape.
+        ValueError: flags do not go together, nothing fits whatever is done, or a network cannot be found.
     """
     import torch
 
     from sana import loading
-    from sana.runtime import plan, quantize
+    from sana.runtime import offload, plan, quantize
     from sana.utils.logging import get_logger
 
     device = loading.find_device(args.device)
     kinds = quantize.parse(args.quantize)
     quantize.check(kinds, device)
+    offload.check(args.offload or "none", quantized=bool(kinds), compile=args.compile)
+    if args.lora and ("transformer" in kinds or args.offload == "sequential"):
+        raise ValueError(
+            "--lora is added into weights: not with --quantize=transformer=..., --offload=sequential"
+        )
     outline = make_outline(config, device, loading.find_dtype(args.dtype))
-    size = _largest(
-        config, args, prompts, outline.autoencoder.downsample * outline.transformer.config.patch_size
-    )
+    multiple = outline.autoencoder.downsample * outline.transformer.config.patch_size
+    size, shown = _largest(config.model.image_size, asked, prompts, multiple)
     setting = plan.Setting(
-        size=size, batch=args.bs, device=device.type, quantize=kinds, offload=args.offload or "none"
+        size=size,
+        enlarged=shown if shown[0] * shown[1] > size[0] * size[1] else None,
+        batch=min(args.bs, len(prompts) * args.num_images_per_prompt),
+        device=device.type,
+        quantize=kinds,
+        offload=args.offload or "none",
     )
     modes = (args.offload,) if args.offload else ("none", "text") if args.compile else ()
     if args.lora and not modes:
         modes = ("none", "text", "model")
-    before = plan.held() if device.type == "cpu" else plan.GPU_CONTEXT
-    limit = (
-        plan.available(device) if args.max_memory_gb is None else int(args.max_memory_gb * plan.GIB) - before
-    )
-    if limit <= 0:
-        raise ValueError(
-            f"--max_memory_gb {args.max_memory_gb}: {before / plan.GIB:.2f} GiB are taken before anything is loaded"
-        )
+    limit = plan.available(device)
+    if args.max_memory_gb is not None:
+        if not args.max_memory_gb > 0:
+            raise ValueError(f"--max_memory_gb must be above 0, got {args.max_memory_gb}")
+        before = plan.held() if device.type == "cpu" else plan.GPU_CONTEXT
+        limit = int(min(limit, args.max_memory_gb * plan.GIB - before))
+        if limit <= 0:
+            raise ValueError(
+                f"--max_memory_gb {args.max_memory_gb}: {before / plan.GIB:.2f} GiB are taken before anything is loaded"
+            )
     with torch.no_grad():
         chosen = plan.fit(outline, setting, limit, modes=modes)
     if chosen.setting != setting:
@@ -126,8 +152,9 @@ def make_outline(config: SanaConfig, device: torch.device, dtype: torch.dtype | 
     from sana.runtime import plan
 
     on_cpu = device.type == "cpu"
-    text_name = config.text_encoder.text_encoder_name
-    text = outline.outline_text_encoder(text_name)
+    text, instruction = outline.outline_text_encoder(
+        config.text_encoder.text_encoder_name, config.text_encoder.chi_prompt
+    )
     autoencoder = outline.outline_autoencoder(config.vae.vae_pretrained)
     half = on_cpu and dtype == torch.bfloat16
     usual = torch.float32 if on_cpu and not half else torch.bfloat16
@@ -138,25 +165,25 @@ def make_outline(config: SanaConfig, device: torch.device, dtype: torch.dtype | 
         autoencoder=autoencoder.to(torch.float32 if vae == torch.float16 else vae),
         stored=text.dtype,
         text_encoder=text.to(usual),
-        instruction=outline.instruction_tokens(text_name, config.text_encoder.chi_prompt),
+        instruction=instruction,
         max_length=config.text_encoder.model_max_length,
     )
 
 
 def _largest(
-    config: SanaConfig, args: Namespace, prompts: Sequence[Prompt], multiple: int
-) -> tuple[int, int]:
-    """The largest (height, width) that will be drawn."""
+    own: int, asked: tuple[int | None, int | None], prompts: Sequence[Prompt], multiple: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The largest (height, width) that a model of `own` pixels a side will draw, and the largest that is asked for."""
     from sana.resolution import drawn_size, generation_table, parse_prompt_size
 
-    own, table = config.model.image_size, generation_table(config.model.image_size, multiple)
-    default = (args.height or own, args.width or own)
-    drawn = set()
+    table = generation_table(own, multiple)
+    drawn, shown = set(), set()
     for prompt in prompts:
         try:
-            size = parse_prompt_size(prompt.text, table)[1] or default
+            height, width = parse_prompt_size(prompt.text, table)[1] or asked
+            shown.add(size := (height or own, width or own))
             drawn.add(drawn_size(*size, table, multiple=multiple, binning=True))
         except ValueError as error:
             name = prompt.index if prompt.key is None else repr(prompt.key)
             raise ValueError(f"prompt {name}: {error}") from error
-    return max(drawn, key=lambda size: size[0] * size[1])
+    return tuple(max(sizes, key=lambda size: size[0] * size[1]) for sizes in (drawn, shown))

@@ -30,6 +30,7 @@ from sana.runtime import offload as offloading
 from sana.runtime import quantize as quantizing
 from sana.runtime.capture import CapturedTransformer
 from sana.runtime.compile import compile_blocks
+from sana.runtime.heap import keep_freed_memory
 from sana.runtime.stages import NonFiniteError as NonFiniteError  # for callers
 from sana.runtime.stages import PromptFeatures, pair_prompts, require_finite, require_plain_guidance, stage
 from sana.runtime.step_cache import StepCachedTransformer
@@ -166,11 +167,10 @@ class SanaPipeline:
                     f"the {what} {has} is not the {needs} that the transformer reads: use its own parts"
                 )
         self.config, self.transformer = config, transformer
-        self._wrapped: Callable[..., Tensor] | None = (
-            None  # of the transformer: captured, or with a step cache
-        )
+        self._wrapped: Callable[..., Tensor] | None = None  # the transformer, captured or with a step cache
         self._compiled, self._step_threshold = False, None
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
+        keep_freed_memory(self.device)
         self._weights_sha256: str | None = None
         self._ready = True
         self.decode_bytes: int | None = None
@@ -430,6 +430,7 @@ class SanaPipeline:
             pixels = images.cover(pixels, *size)
             return images.to_pil(pixels) if output_type == "pil" else pixels
 
+    @stage("reading weights")
     def _read(self, name: str) -> Any:
         """One of the networks from its files, with what is to be done to its weights."""
         # What waits in the CPU's memory comes to a GPU when it is needed.

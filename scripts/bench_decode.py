@@ -70,6 +70,7 @@ def measure_memory(autoencoder: "nn.Module", latents: "Tensor", args: Namespace)
     """Decode once; the peak of this process (a GPU's: of its tensors) in bytes, and the seconds."""
     import torch
 
+    from sana.benchmarks.timing import process_bytes
     from sana.utils import images
 
     start = time.perf_counter()
@@ -78,8 +79,7 @@ def measure_memory(autoencoder: "nn.Module", latents: "Tensor", args: Namespace)
     seconds = time.perf_counter() - start
     if latents.device.type == "cuda":
         return {"peak_bytes": torch.cuda.max_memory_allocated(latents.device), "seconds": seconds}
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return {"peak_bytes": int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024, "seconds": seconds}
+    return {"peak_bytes": process_bytes("VmHWM"), "seconds": seconds}
 
 
 def measure_speed(autoencoder: "nn.Module", latents: "Tensor", args: Namespace) -> dict[str, float]:
@@ -140,11 +140,6 @@ def run(args: Namespace) -> None:
         sys.exit(f"bench_decode.py: error: more than {args.max_rss / GIB:.2f} GiB")
 
 
-def main() -> None:
-    """Entry point."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

@@ -2,24 +2,19 @@
 
     python scripts/bench_memory.py --sizes=[256] --kinds=[none,int8,nf4] --score=2
 
-Each row is drawn in a process of its own. Quality is that of the latents and the picture against float32 without
-quantisation, with the same noise: relative error and PSNR; and the score of the shapes benchmark, with --score.
+Each row has a process of its own, which draws twice: the second picture gives the seconds. Quality is that of latents and
+picture against float32 without quantisation, with the same noise: relative error and PSNR; and, with --score, the score of
+the shapes benchmark.
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from sana.utils.cli import Parser, at_least, numbers, words
-
-COLUMNS = ("size", "dtype", "quantised", "planned MiB", "peak MiB", "s", "latent error", "PSNR dB", "score")
-MIB = 2**20
 
 
 def make_parser() -> Parser:
@@ -41,7 +36,12 @@ def make_parser() -> Parser:
     parser.add_argument("--prompt", default="a red circle to the left of a blue square")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     parser.add_argument(
-        "--output", type=Path, default="asset/bench/memory.json", help="(default: %(default)s)"
+        "--output", type=Path, default="output/memory.json", help="the report (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="Markdown with two markers, between which the table is written (asset/docs/inference.md)",
     )
     parser.add_argument(
         "--one", type=words, help="SIZE,DTYPE,KIND,FOLDER: measure one row (the command calls itself)"
@@ -49,101 +49,60 @@ def make_parser() -> Parser:
     return parser
 
 
-def measure(args: Namespace) -> dict[str, Any]:
-    """One row; its latents and picture are left in FOLDER. Torch is imported only here."""
-    import torch
-
-    from sana import SanaPipeline
-    from sana.inference import make_outline
-    from sana.loading import find_config, find_device, find_dtype
-    from sana.runtime import plan
-
-    size, dtype, kind, folder = int(args.one[0]), *args.one[1:]
-    kinds = {} if kind == "none" else {"transformer": kind, "text_encoder": kind}
-    config, device = find_config(args.config), find_device(args.device)
-    outline = make_outline(config, device, find_dtype(dtype))
-    settings = {"num_inference_steps": args.steps, "seed": 1, "use_resolution_binning": False}
-    before = plan.held()
-    with torch.no_grad():
-        planned = plan.make_plan(outline, plan.Setting(size=(size, size), device=device.type, quantize=kinds))
-    pipeline = SanaPipeline(config, device=device, dtype=dtype, quantize=kinds)
-    start = time.perf_counter()
-    latents = pipeline(args.prompt, size, size, output_type="latent", **settings)
-    pixels = pipeline.decode(latents, (size, size))
-    seconds = time.perf_counter() - start
-    torch.save((latents.cpu(), pixels.cpu()), Path(folder, f"{size}-{dtype}-{kind}.pt"))
-    if device.type == "cuda":
-        taken = torch.cuda.max_memory_allocated(device)
-    else:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        taken = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 - before
-    row = {"size": size, "dtype": dtype, "quantised": kind, "s": round(seconds, 2)}
-    row |= {"planned MiB": round(planned.peak / MIB), "peak MiB": round(taken / MIB)}
-    return row | ({"score": score(pipeline, args.score)} if args.score else {})
-
-
-def score(pipeline: Any, limit: int) -> float:
-    """The shapes benchmark's score on `limit` prompts of each tag."""
-    from sana.evaluation import shapes_benchmark as benchmark
-    from sana.generation import Settings
-    from sana.metrics.geneval import load_prompts, summarise
-    from sana.shapes.benchmark import PROMPTS_FILE
-    from sana.utils import hub
-
-    prompts = benchmark.subset(load_prompts(hub.resolve(PROMPTS_FILE)), limit)
-    with tempfile.TemporaryDirectory() as folder:
-        benchmark.draw(pipeline, prompts, Path(folder), Settings(), batch_size=4)
-        records = benchmark.score(benchmark.find_images(folder, prompts))
-    return round(summarise(records)["overall"], 3)
-
-
-def compare(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its distance from float32 at its size, where that was drawn too."""
-    import torch
-
-    exact = folder / f"{row['size']}-fp32-none.pt"
-    if not exact.exists():
-        return row
-    own = torch.load(folder / f"{row['size']}-{row['dtype']}-{row['quantised']}.pt")
-    (latents, pixels), (near, shown) = torch.load(exact), own
-    error = float((near - latents).norm() / latents.norm())
-    square = float((shown.clamp(-1, 1) - pixels.clamp(-1, 1)).square().mean())
-    psnr = None if square == 0 else round(float(10 * torch.log10(torch.tensor(4 / square))), 1)
-    return row | {"latent error": float(f"{error:.2g}"), "PSNR dB": psnr}
-
-
 def run(args: Namespace) -> None:
     """Measure all rows, print the table, write the report."""
     if args.one:
-        print(json.dumps(measure(args)))
-        return
-    from sana.metrics.report import make_report
+        from sana.benchmarks import memory
 
+        size, dtype, kind, folder = args.one
+        steps, prompts = args.steps, args.score
+        row = memory.measure(
+            args.config, args.device, int(size), dtype, kind, Path(folder), args.prompt, steps, prompts
+        )
+        print(json.dumps(row))
+        return
+    import torch
+
+    from sana.benchmarks import memory
+    from sana.loading import find_device, find_dtype
+    from sana.metrics.report import make_report
+    from sana.runtime import quantize
+
+    cases = [(int(size), dtype, kind) for size in args.sizes for dtype in args.dtypes for kind in args.kinds]
+    for _, dtype, kind in cases:  # before hours of measuring
+        find_dtype(dtype)
+        quantize.check({} if kind == "none" else {"transformer": kind}, find_device(args.device))
     rows = []
     own = [f"--{name}={getattr(args, name)}" for name in ("steps", "score", "prompt", "device")]
     own += [f"--config={args.config}"] if args.config else []
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    print(memory.HEAD)
     with tempfile.TemporaryDirectory() as folder:
-        for size in map(int, args.sizes):
-            for dtype in args.dtypes:
-                for kind in args.kinds:
-                    one = f"--one={size},{dtype},{kind},{folder}"
-                    done = subprocess.run(
-                        [sys.executable, __file__, *own, one], capture_output=True, text=True, check=False
-                    )
-                    if done.returncode:
-                        raise ValueError(f"{size}, {dtype}, {kind}: {done.stderr.strip().splitlines()[-1]}")
-                    rows.append(compare(Path(folder), json.loads(done.stdout.splitlines()[-1])))
-                    print(
-                        f"| {' | '.join(str(rows[-1].get(column, '')) for column in COLUMNS)} |", flush=True
-                    )
-    settings = {"steps": args.steps, "prompt": args.prompt, "config": args.config or "embedded", "rows": rows}
-    protocol = "a process for each row; peak over what it held before loading; seconds of one picture"
-    values = {f"peak MiB {row['size']} {row['dtype']} {row['quantised']}": row["peak MiB"] for row in rows}
+        for size, dtype, kind in cases:
+            one = [sys.executable, __file__, *own, f"--one={size},{dtype},{kind},{folder}"]
+            done = subprocess.run(one, capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = done.stderr.strip() or f"ended with status {done.returncode}"
+                raise ValueError(f"{size}, {dtype}, {kind}: {reason.splitlines()[-1]}")
+            rows.append(memory.compare(Path(folder), json.loads(done.stdout.splitlines()[-1])))
+            print(memory.line(rows[-1]), flush=True)
+    report = make_report(
+        metric="memory of drawing",
+        values={f"{row['size']} {row['dtype']} {row['quantised']}": row for row in rows},
+        n=len(rows),
+        protocol="a process for each row; peak over what it held before loading; seconds of its second picture",
+        settings={
+            "steps": args.steps,
+            "prompt": args.prompt,
+            "config": args.config or "the embedded one",
+            "threads": torch.get_num_threads(),
+        },
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    make_report(
-        metric="memory of drawing", values=values, n=len(rows), protocol=protocol, settings=settings
-    ).save(args.output)
+    report.save(args.output)
+    if args.page:
+        page = args.page.read_text(encoding="utf-8")
+        saved = json.loads(args.output.read_text(encoding="utf-8"))
+        args.page.write_text(memory.with_table(page, saved), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 from sana.utils.cli import Parser, at_least, words
 
 MODELS = ("0.6B", "1.6B")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 def make_parser() -> Parser:
@@ -37,14 +37,12 @@ def make_parser() -> Parser:
 
 def run(args: Namespace) -> None:
     """Check, measure, print a line for each figure, and write the report. Torch is imported only here."""
-    import torch
-
-    from sana.benchmarks.timing import commit
+    from sana.benchmarks.timing import settings_of_this_run
+    from sana.loading import find_device, find_dtype
     from sana.metrics.report import make_report
     from sana.ops import bench
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, DTYPES[args.dtype])
+    device, dtype = find_device(args.device), find_dtype(args.dtype)
     large = device.type == "cuda"
     batch, side = args.batch or (32 if large else 1), args.side or (32 if large else 16)
     operations, small = bench.operations(args.model, batch, side), bench.operations(args.model, 1, 5)
@@ -77,35 +75,21 @@ def run(args: Namespace) -> None:
             figures = f"{seconds * 1e3:9.3f} ms {rate / 1e9:8.1f} GB/s {rate / copy:6.1%} of copy"
             print(f"{name:20} {direction:8} {kind:8} {figures}", flush=True)
     if args.output:
-        settings = {
-            "model": args.model,
-            "batch": batch,
-            "side": side,
-            "device": str(device),
-            "commit": commit(),
-        }
-        settings |= {"threads": torch.get_num_threads(), "failed": failed}
-        protocol = "median of interleaved repeats; bytes of the kernels' design"
-        report = make_report(
+        settings = {"model": args.model, "batch": batch, "side": side, "failed": failed}
+        make_report(
             metric="fused operations",
             values=values,
             n=args.repeats,
-            protocol=protocol,
-            settings=settings,
-            dtype=DTYPES[args.dtype],
-        )
-        report.save(args.output)
+            protocol="median of interleaved repeats; bytes of the kernels' design",
+            settings=settings | settings_of_this_run(device),
+            dtype=str(dtype).removeprefix("torch."),
+        ).save(args.output)
     for line in failed:
         print(f"bench_ops.py: error: wrong, not measured: {line}", file=sys.stderr)
     if failed:
         sys.exit(1)
 
 
-def main() -> None:
-    """Entry point."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

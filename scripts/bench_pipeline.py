@@ -18,7 +18,7 @@ from sana.utils.cli import Parser, at_least, words
 MODELS = ("0.6B", "1.6B", "tiny")
 STAGES = ("text", "denoise", "decode", "all")
 IMPLEMENTATIONS = ("ours", "ours_compiled", "diffusers", "diffusers_compiled", "diffusers_graphs")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 def make_parser() -> Parser:
@@ -61,12 +61,13 @@ def run(args: Namespace) -> None:
 
     from sana.benchmarks import baseline, timing
     from sana.benchmarks.comparison import Bench
+    from sana.loading import find_device, find_dtype
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device)
     cuda = device.type == "cuda"
-    dtype = getattr(torch, DTYPES[args.dtype or ("bf16" if cuda else "fp32")])
+    dtype = find_dtype(args.dtype or ("bf16" if cuda else "fp32"))
     names = names or [name for name in IMPLEMENTATIONS if cuda or name != "diffusers_graphs"]
     size = args.size or (256 if args.model == "tiny" else 1024 if cuda else 512)
 
@@ -129,11 +130,6 @@ def save(
     ).save(args.output)
 
 
-def main() -> None:
-    """Entry point."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

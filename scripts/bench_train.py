@@ -111,11 +111,6 @@ def run(args: Namespace, overrides: list[str]) -> None:
         sys.exit(1)
 
 
-def main() -> None:
-    """Entry point."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, *parser.parse_known_args())
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PROMPT = "Describe this image in detail."
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="pictures, or tar shards")
@@ -100,11 +100,6 @@ def caption(samples: "PictureFiles", model: str, kind: str, args: Namespace) -> 
     return work.finish()
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    parser.run(run, parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, parser.parse_args())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sana.data.check import DataReport
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line, but for the config's keys."""
     parser = Parser(description=__doc__, epilog="plus --KEY=VALUE for any key of the config")
     parser.add_argument(
@@ -44,11 +44,8 @@ def run(args: Namespace, overrides: list[str]) -> None:
         folders = replace(config.data, data_dir=tuple(args.folders))
         config = replace(config, data=folders)
 
-    from sana.data.build import (
-        detected_type,
-        open_dataset,
-        reading_of,
-    )  # after the config's errors: they import torch
+    # After the config's errors: they import torch.
+    from sana.data.build import detected_type, open_dataset, reading_of
     from sana.data.check import inspect
     from sana.data.order import Order
     from sana.data.quarantine import allowed
@@ -109,12 +106,6 @@ def lines(report: "DataReport", config: "SanaConfig", processes: int, show: int)
     return text
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    args, overrides = parser.parse_known_args()
-    parser.run(run, args, overrides)
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, *parser.parse_known_args())

@@ -39,15 +39,12 @@ def make_parser() -> Parser:
 
 def finish(path: Path, picture: "Picture", pixels: "torch.Tensor") -> Path:
     """Write the picture, and its line in the manifest."""
+    from sana.runtime.keeping import write_picture
     from sana.utils import images
     from sana.utils.manifest import Manifest
 
     [image] = images.to_pil(images.cover(pixels.float(), *picture.size))
-    target = path.parent / Path(picture.file).name
-    if target.suffix == ".png":
-        images.save_png(image, target, picture.text)
-    else:
-        images.save_jpeg(image, target, picture.jpeg_quality, picture.jpeg_subsampling)
+    target = write_picture(image, path.parent / Path(picture.file).name, picture)
     if picture.row is not None:
         # The manifest may lie some folders above: the row's file name is relative to it.
         manifest = Manifest(path.resolve().parents[len(Path(picture.row["file"]).parts) - 1])
@@ -62,11 +59,15 @@ def run(args: Namespace) -> None:
     """Decode one file after the other; what fails keeps its file of latents. Torch is imported only here."""
     import torch
 
+    from sana.loading import find_device
     from sana.models.autoencoder import Autoencoder
     from sana.runtime import decoding
     from sana.runtime.latents import load_latents
+    from sana.runtime.stages import stage
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device)
+    if args.tile and args.tile % 32:
+        raise ValueError(f"--tile must be a multiple of 32, not {args.tile}")
     max_bytes = args.strip_mib and args.strip_mib * 2**20
     found = [(path, *load_latents(path)) for path in args.files]  # all are read before any is decoded
     loaded, failed = {}, []
@@ -74,14 +75,16 @@ def run(args: Namespace) -> None:
         key = (args.autoencoder or picture.autoencoder, DTYPES.get(args.dtype, picture.dtype))
         if key not in loaded:
             loaded.clear()  # one at a time in memory
-            loaded[key] = Autoencoder.from_pretrained(key[0], dtype=getattr(torch, key[1]), device=device)
+            with stage(f"reading {key[0]}"):
+                loaded[key] = Autoencoder.from_pretrained(key[0], dtype=getattr(torch, key[1]), device=device)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), stage(f"making the picture of {path}"):
                 pixels = decoding.decode(loaded[key], latents.to(device), max_bytes=max_bytes, tile=args.tile)
-        except decoding.DecodeError as error:
+                written = finish(path, picture, pixels)
+        except MemoryError as error:
             failed.append(f"{path}: {error}")
             continue
-        print(finish(path, picture, pixels), flush=True)
+        print(written, flush=True)
         if not args.keep:
             path.unlink()
     for line in failed:

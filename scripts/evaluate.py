@@ -140,11 +140,6 @@ def measure(args: Namespace, pipeline: "SanaPipeline") -> dict[str, str]:
     return dict(outcome.failures)
 
 
-def main() -> None:
-    """Parse and run."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, *parser.parse_known_args())
-
-
-if __name__ == "__main__":
-    main()

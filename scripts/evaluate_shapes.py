@@ -9,7 +9,6 @@ The table goes to stderr, the JSON report to stdout or --output. A second run go
 `torchrun` divides the drawing among processes. Words like --model.mixed_precision=bf16 override the config.
 """
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -46,6 +45,7 @@ def run(args: Namespace, overrides: list[str]) -> None:
     """Draw unless --images is given, score, report."""
     from sana.evaluation import shapes_benchmark
     from sana.metrics.geneval import load_prompts, table
+    from sana.metrics.geneval_folder import write_records
     from sana.utils import distributed, hub, logging
 
     logging.configure()
@@ -62,7 +62,7 @@ def run(args: Namespace, overrides: list[str]) -> None:
 
     print(table(records), file=sys.stderr)
     if args.records:
-        args.records.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write_records(records, args.records)
     if args.output:
         report.save(args.output)
     else:
@@ -104,11 +104,6 @@ def load_averaged(pipeline) -> None:  # noqa: ANN001 SanaPipeline is imported la
     load_into(pipeline.transformer, load_transformer_state(pipeline.weights, ema=True))
 
 
-def main() -> None:
-    """Parse and run."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, *parser.parse_known_args())
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from argparse import Namespace
 from sana.utils.cli import Parser
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line, but for the config's keys."""
     parser = Parser(description=__doc__, epilog="plus --KEY=VALUE for any key of the config")
     parser.add_argument("--config_path", required=True, help="YAML file of the training")
@@ -47,12 +47,6 @@ def run(args: Namespace, overrides: list[str]) -> None:
         print(summary)
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    args, overrides = parser.parse_known_args()
-    parser.run(run, args, overrides)
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, *parser.parse_known_args())

@@ -49,7 +49,7 @@ def run(args: Namespace, overrides: list[str]) -> None:
         sizes = (f"model.image_size={size}", f"data.image_size={size}")
         overrides = [*overrides, *sizes, f"model.aspect_ratio_type=ASPECT_RATIO_{size}"]
     config = find_config(args.config, args.model_path, overrides)
-    plan = make_memory_plan(config, args, prompts)
+    plan = make_memory_plan(config, args, prompts, (settings[0].height, settings[0].width))
     if args.plan:
         print(plan)
         return

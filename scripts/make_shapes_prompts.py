@@ -15,12 +15,7 @@ def run(args: Namespace) -> None:
     print(f"{args.output}: {len(prompts)} prompts")
 
 
-def main() -> None:
-    """Parse and run."""
+if __name__ == "__main__":
     parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(PROMPTS_FILE), help="the JSONL file to write")
     parser.run(run, parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

@@ -42,11 +42,6 @@ def run(args: Namespace) -> None:
     print(f"{args.page}\n{args.plot}")
 
 
-def main() -> None:
-    """Parse and run."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from pathlib import Path
 from sana.utils.cli import Parser, at_least
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("logs", type=Path, nargs="+", help="log folders, one curve each")
@@ -60,11 +60,6 @@ def run(args: Namespace) -> None:
     print(args.output)
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    parser.run(run, parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, parser.parse_args())

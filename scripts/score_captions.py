@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sana.data.labelling import Labelling
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="pictures, or tar shards")
@@ -88,11 +88,6 @@ def score(work: "Labelling", args: Namespace) -> None:
         get_logger("score").warning("%d captions are longer than the %d tokens that count", cut, clip.context)
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    parser.run(run, parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, parser.parse_args())

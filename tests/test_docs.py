@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted(path for folder in ("asset", "configs", "tools") for path in (ROOT / folder).rglob("*.md")),
+    *sorted(
+        path
+        for folder in ("asset", "configs", "integrations", "tools")
+        for path in (ROOT / folder).rglob("*.md")
+    ),
 ]
 DEFAULT_CONFIG = ROOT / "configs/sana_config/tiny/Sana_tiny_img256.yaml"
 # Written by runs and users, absent from a clone.

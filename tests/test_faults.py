@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_second_run_makes_what_failed(pipeline, monkeypatch, tmp_path):
     rows = generate(pipeline, PROMPTS, tmp_path, SETTINGS)
     assert not any("error" in row for row in rows)
     assert (tmp_path / "00000_0-red-circles.png").read_bytes() == kept
-    assert (tmp_path / rows[1]["file"]).is_file()
+    assert (tmp_path / rows[1]["file"]).is_file() and not list(tmp_path.glob("*.safetensors"))
 
 
 def test_the_command_says_it_in_a_line_with_status_1(config, monkeypatch, tmp_path, capsys):
@@ -142,6 +143,51 @@ def test_the_command_says_it_in_a_line_with_status_1(config, monkeypatch, tmp_pa
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "1 of 1 images failed" in last and "out of memory while decoding 256 x 256" in last
     assert len(list(tmp_path.glob("*/*.latents.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    "where", ["sana.models.autoencoder.AutoencoderDC", "sana.models.text_encoder.AutoModel"]
+)
+def test_memory_that_runs_out_in_loading_is_a_line(config, monkeypatch, tmp_path, capsys, where):
+    monkeypatch.setattr(
+        f"{where}.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(RuntimeError(NO_MEMORY))
+    )
+    script = runpy.run_path(str(ROOT / "scripts/inference.py"))
+    parser = script["make_parser"]()
+    words = ["--prompt=a", f"--config={config}", f"--work_dir={tmp_path}", "--device=cpu"]
+    with pytest.raises(SystemExit) as left:
+        parser.run(script["run"], *parser.parse_known_args(words))
+    assert left.value.code == 1
+    assert "error: out of memory while reading weights: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_batch_whose_pictures_cannot_be_had_is_drawn_once(pipeline, monkeypatch, tmp_path):
+    """What fails in decoding is decoded again one by one, not drawn again."""
+    steps = failing(monkeypatch, SanaTransformer, "forward", lambda number, args: False)
+    usual = SanaPipeline.decode
+
+    def decode(self, latents, *rest):
+        if len(latents) > 1:
+            raise MemoryError("out of memory while decoding")
+        return usual(self, latents, *rest)
+
+    monkeypatch.setattr(SanaPipeline, "decode", decode)
+    rows = generate(pipeline, PROMPTS, tmp_path, SETTINGS, batch_size=2)
+    assert len(steps) == 3 and all((tmp_path / row["file"]).is_file() for row in rows)
+
+
+def test_latents_know_how_their_jpeg_is_to_be_written(pipeline, monkeypatch, tmp_path):
+    failing(monkeypatch, Autoencoder, "decode", lambda number, args: True)
+    settings = replace(SETTINGS, image_format="jpg", jpeg_quality=80, jpeg_subsampling="4:2:0")
+    with pytest.raises(IncompleteError):
+        generate(pipeline, PROMPTS[:1], tmp_path, settings)
+    [file] = tmp_path.glob("*.latents.safetensors")
+    picture = load_latents(file)[1]
+    assert (picture.file, picture.jpeg_quality, picture.jpeg_subsampling) == (
+        "00000_0-red-circles.jpg",
+        80,
+        "4:2:0",
+    )
 
 
 def draw_with_little(config: str, folder: str, stage: str, spare: int) -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sana.diffusion.noise import starting_noise
 from sana.pipeline import SanaPipeline
 from tests.factories import write_model
+from tests.numerics import assert_close
 
 # Each waits for the device where there is one: a number or a shape is read from a tensor's values.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero"}
@@ -62,6 +64,49 @@ def test_the_loop_does_not_wait_for_the_device(draw, settings, sampler):
         draw("a red circle", sampler=sampler, callback=callback, **settings)
     assert not waits.found
     assert not waits.looking
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("settings", [{}, {"interval_guidance": (0.2, 0.8)}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "captured"])
+def test_a_gpu_is_not_waited_for(tmp_path, settings, compiled):
+    """PyTorch's own detector; what is compiled and captured draws the same, at several sizes and lengths of text."""
+    pipeline = SanaPipeline(write_model(tmp_path), device="cuda", dtype="fp32")
+    how = {"use_resolution_binning": False, "output_type": "latent", "num_inference_steps": STEPS, **settings}
+    cases = [("a red circle", 64, 64), (["two blue stars and a heart", "one"], 64, 96), ("a ring", 64, 64)]
+    exact = [pipeline(text, height, width, **how) for text, height, width in cases]
+    if compiled:
+        pipeline.compile()
+        for text, height, width in cases:  # captures
+            pipeline(text, height, width, **how)
+
+    def callback(step, total, *_):
+        torch.cuda.set_sync_debug_mode("error" if step < total else "default")
+
+    try:
+        for (text, height, width), expected in zip(cases, exact, strict=True):
+            latents = pipeline(text, height, width, callback=callback, **how)
+            assert_close(f"{text}", latents, expected, rel_rms=1e-4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_fresh_noise_does_not_wait_for_the_gpu():
+    """That of Sprint's steps, drawn on the CPU."""
+    (_, expected), (_, fresh) = (
+        starting_noise(2, 1, (32, 4, 4), torch.device(kind)) for kind in ("cpu", "cuda")
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = fresh(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(drawn.cpu(), expected(1))
 
 
 def test_text_and_time_are_encoded_once(draw, pipeline):

@@ -14,7 +14,7 @@ STOPPED = 143
 """Exit status of a run that was stopped by SIGTERM before its last step, and saved: started again, it goes on."""
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line, but for the config's keys."""
     parser = Parser(description=__doc__, epilog="plus --KEY=VALUE for any key of the config")
     parser.add_argument("--config_path", required=True, help="YAML file of the run")
@@ -57,12 +57,7 @@ def run(config_path: str, resume_from: str | None, processes: int | None, overri
         sys.exit(STOPPED)
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
+if __name__ == "__main__":
+    parser = make_parser()
     args, overrides = parser.parse_known_args()
     parser.run(run, args.config_path, args.resume_from, args.plan, overrides)
-
-
-if __name__ == "__main__":
-    main()

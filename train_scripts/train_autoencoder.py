@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Picture = Callable[[int], "Tensor"]
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="everything is written here")
@@ -120,11 +120,6 @@ def run(args: Namespace) -> None:
     print(f"{args.work_dir / 'autoencoder'}  PSNR {psnr:.2f} dB")
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    parser.run(run, parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, parser.parse_args())

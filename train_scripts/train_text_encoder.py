@@ -11,7 +11,7 @@ from sana.utils.cli import Parser, at_least
 CONFIG = "configs/sana_config/tiny/Sana_tiny_img256.yaml"
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
     parser.add_argument(
@@ -50,11 +50,6 @@ def run(args: Namespace) -> None:
     print(folder)
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    parser.run(run, parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, parser.parse_args())

@@ -48,11 +48,11 @@ class Latents:
     size: tuple[int, int]
 
 
-class SanaLoader:
+class SanaPipelineLoader:
     """A checkpoint with its text encoder and autoencoder."""
 
     CATEGORY, FUNCTION = "Sana", "load"
-    RETURN_TYPES, RETURN_NAMES = ("SANA_MODEL",), ("model",)
+    RETURN_TYPES, RETURN_NAMES = ("SANA_PIPELINE_MODEL",), ("model",)
     DESCRIPTION = (
         "Loads a Sana checkpoint: .pth, .safetensors or diffusers folder. Empty: the embedded Sana-tiny."
     )
@@ -103,11 +103,11 @@ class SanaLoader:
         return (model,)
 
 
-class SanaTextEncode:
+class SanaPipelineTextEncode:
     """A prompt, and what to steer away from."""
 
     CATEGORY, FUNCTION = "Sana", "encode"
-    RETURN_TYPES, RETURN_NAMES = ("SANA_CONDITIONING",), ("conditioning",)
+    RETURN_TYPES, RETURN_NAMES = ("SANA_PIPELINE_CONDITIONING",), ("conditioning",)
     DESCRIPTION = "Reads a prompt with the model's text encoder. --ar H:W in the prompt asks for a size."
 
     @classmethod
@@ -115,7 +115,7 @@ class SanaTextEncode:
         """The widgets."""
         text = {"multiline": True, "default": "", "dynamicPrompts": True}
         return {
-            "required": {"model": ("SANA_MODEL", {}), "prompt": ("STRING", text)},
+            "required": {"model": ("SANA_PIPELINE_MODEL", {}), "prompt": ("STRING", text)},
             "optional": {"negative_prompt": ("STRING", dict(text))},
         }
 
@@ -129,11 +129,11 @@ class SanaTextEncode:
         return (Conditioning(model, text, negative_prompt, size, features),)
 
 
-class SanaSampler:
+class SanaPipelineSampler:
     """Noise to latents with the library's solvers."""
 
     CATEGORY, FUNCTION = "Sana", "sample"
-    RETURN_TYPES, RETURN_NAMES = ("SANA_LATENTS",), ("latents",)
+    RETURN_TYPES, RETURN_NAMES = ("SANA_PIPELINE_LATENTS",), ("latents",)
     DESCRIPTION = "Draws with the published solvers. Steps, width and height of 0 are the model's own."
 
     @classmethod
@@ -142,7 +142,7 @@ class SanaSampler:
         side = _number(0, 0, 8192, step=32, tooltip="Pixels; 0: the model's own.")
         return {
             "required": {
-                "conditioning": ("SANA_CONDITIONING", {}),
+                "conditioning": ("SANA_PIPELINE_CONDITIONING", {}),
                 "seed": _number(0, 0, 2**63 - 1, control_after_generate=True),
                 "steps": _number(0, 0, 1000, tooltip="0: the sampler's usual number."),
                 "cfg": _number(4.5, 1.0, 30.0, step=0.1, tooltip="Classifier-free guidance; 1: off."),
@@ -187,7 +187,7 @@ class SanaSampler:
         return (Latents(model, samples, size),)
 
 
-class SanaDecode:
+class SanaPipelineDecode:
     """Latents to ComfyUI's images."""
 
     CATEGORY, FUNCTION = "Sana", "decode"
@@ -197,7 +197,7 @@ class SanaDecode:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """The widgets."""
-        return {"required": {"latents": ("SANA_LATENTS", {})}}
+        return {"required": {"latents": ("SANA_PIPELINE_LATENTS", {})}}
 
     def decode(self, latents: Latents) -> tuple[Tensor]:
         """Images (B, H, W, 3) float32 in [0, 1] on the CPU; errors as those of `SanaPipeline.decode`.
@@ -260,10 +260,15 @@ def _callback() -> Callback | None:
     return after_step
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (SanaLoader, SanaTextEncode, SanaSampler, SanaDecode)}
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node
+    for node in (SanaPipelineLoader, SanaPipelineTextEncode, SanaPipelineSampler, SanaPipelineDecode)
+}
+"""ComfyUI has one such table for all its extensions, in which the later one wins: others have taken plainer names."""
+
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "SanaLoader": "Load Sana",
-    "SanaTextEncode": "Sana Text Encode",
-    "SanaSampler": "Sana Sampler",
-    "SanaDecode": "Sana Decode",
+    "SanaPipelineLoader": "Load Sana",
+    "SanaPipelineTextEncode": "Sana Text Encode",
+    "SanaPipelineSampler": "Sana Sampler",
+    "SanaPipelineDecode": "Sana Decode",
 }

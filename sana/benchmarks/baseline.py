@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from sana.config import SanaConfig, load_config, transformer_overrides
-from sana.models.autoencoder import Autoencoder, AutoencoderConfig
+from sana.models.autoencoder import PUBLISHED, Autoencoder, AutoencoderConfig
 from sana.models.diffusers_folder import build_scheduler, build_transformer_twin
 from sana.models.text_encoder import TextEncoder, TextFeatures
 from sana.models.transformer import SanaTransformer
 from sana.models.zoo import build_transformer
 from sana.pipeline import SanaPipeline
-from sana.runtime.compile import compile_blocks
 
 STAGES = ("text", "denoise", "decode", "all")
 """Prompts to features, noise and features to latents, latents to pixels, prompts to pixels."""
@@ -40,20 +39,6 @@ CONFIGS = {
     4096: "configs/sana_config/4096ms/Sana_1600M_img4096_bf16.yaml",
 }
 """Pixels a side -> config; that of the other model differs in its name alone."""
-
-# The published DC-AE 1.0 and 1.1: what differs from diffusers' defaults.
-DC_AE: dict[str, Any] = {
-    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
-    "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
-    "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
-    "downsample_block_type": "Conv",
-    "upsample_block_type": "interpolate",
-    "decoder_conv_act_fn": "relu",
-    "scaling_factor": 0.41407,
-}
 
 VALID_TOKENS = 40
 """Of a prompt; the others up to the model's length are padding."""
@@ -78,8 +63,8 @@ def build_pipeline(
     config = load_config(CONFIGS[size], [f"--model.model={MODELS[model]}"])
     with torch.device("meta"):
         transformer = build_transformer(config.model.model, **transformer_overrides(config))
-        decoder = AutoencoderDC(**DC_AE) if {"decode", "all"} & set(stages) else None
-        autoencoder = Autoencoder(decoder) if decoder else Autoencoder.from_config(AutoencoderConfig())
+        decodes = {"decode", "all"} & set(stages)
+        autoencoder = Autoencoder.from_config(PUBLISHED if decodes else AutoencoderConfig())
     return SanaPipeline.from_components(
         config,
         with_random_weights(transformer, dtype, device),
@@ -205,12 +190,8 @@ def build_diffusers(ours: SanaPipeline, *, dtype: torch.dtype | None = None) -> 
     return pipeline
 
 
-def compiled_ours(ours: SanaPipeline, rows: int) -> SanaPipeline:
-    """A pipeline on the same weights whose transformer is compiled; on a CPU it packs a copy of them.
-
-    Args:
-        rows: as in `sana.runtime.compile.compile_blocks`.
-    """
+def compiled_ours(ours: SanaPipeline) -> SanaPipeline:
+    """A pipeline on the same weights after `SanaPipeline.compile`; on a CPU, where that packs them, on a copy."""
     state = ours.transformer.state_dict()
     if ours.device.type == "cpu":
         state = {key: value.clone() for key, value in state.items()}
@@ -218,8 +199,8 @@ def compiled_ours(ours: SanaPipeline, rows: int) -> SanaPipeline:
         transformer = SanaTransformer(ours.transformer.config)
     transformer.load_state_dict(state, assign=True)
     transformer.eval().requires_grad_(False)
-    compile_blocks(transformer, rows=rows)
-    return SanaPipeline.from_components(ours.config, transformer, ours.autoencoder, ours.text_encoder)
+    compiled = SanaPipeline.from_components(ours.config, transformer, ours.autoencoder, ours.text_encoder)
+    return compiled.compile()
 
 
 def compiled_diffusers(ours: SanaPipeline, mode: str | None = None) -> diffusers.SanaPipeline:
@@ -230,11 +211,11 @@ def compiled_diffusers(ours: SanaPipeline, mode: str | None = None) -> diffusers
     return pipeline
 
 
-IMPLEMENTATIONS: dict[str, Callable[[SanaPipeline, int], Any]] = {
-    "ours": lambda ours, rows: ours,
+IMPLEMENTATIONS: dict[str, Callable[[SanaPipeline], Any]] = {
+    "ours": lambda ours: ours,
     "ours_compiled": compiled_ours,
-    "diffusers": lambda ours, rows: build_diffusers(ours),
-    "diffusers_compiled": lambda ours, rows: compiled_diffusers(ours),
-    "diffusers_graphs": lambda ours, rows: compiled_diffusers(ours, mode="reduce-overhead"),
+    "diffusers": build_diffusers,
+    "diffusers_compiled": compiled_diffusers,
+    "diffusers_graphs": lambda ours: compiled_diffusers(ours, mode="reduce-overhead"),
 }
-"""Name -> pipeline from ours and the rows of its largest products; the last one captures CUDA graphs."""
+"""Name -> pipeline from ours. On a GPU the second and the last capture CUDA graphs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ GUIDANCE = 4.5
 CHECK_STEPS = 2
 """After which random weights are compared: further ones multiply the rounding."""
 CHECK_SIZE = 2048
-"""Pixels a side at which larger images are compared: decoding 4096 x 4096 in float32 takes diffusers 56 GB."""
+"""Pixels a side at which larger images are compared, and of the square that a batch of smaller ones may fill: decoding
+4096 x 4096 in float32 takes diffusers 56 GB."""
 
 LARGEST_ERROR = {"cpu": 1e-4, "cuda": 2e-3}
 """Relative RMS against diffusers in float32. A GPU's convolutions keep 10 bits."""
@@ -70,8 +72,8 @@ def call(pipeline: SanaPipeline | diffusers.SanaPipeline, work: Work, stage: str
 def _ours(pipeline: SanaPipeline, work: Work, stage: str) -> Callable[[], Tensor]:
     encoder, count = pipeline.text_encoder, len(work.prompts)
     if stage == "denoise":
-        parts = (pipeline.config, pipeline.transformer, pipeline.autoencoder)
-        pipeline = SanaPipeline.from_components(*parts, work.features)
+        pipeline = copy.copy(pipeline)  # with its captured steps, if it has any
+        pipeline.text_encoder = work.features
 
     def text() -> Tensor:
         text, null = encoder.encode(work.prompts), encoder.encode_unconditional([""] * count)
@@ -227,18 +229,18 @@ class Bench:
         work = Work.of(self.ours, size, batch, steps)
         checked = work
         if self.ours.weights is None:
-            checked = Work.of(self.ours, min(size, CHECK_SIZE), batch, min(steps, CHECK_STEPS))
+            side = min(size, CHECK_SIZE)
+            images = max(1, min(batch, (CHECK_SIZE // side) ** 2))
+            checked = Work.of(self.ours, side, images, min(steps, CHECK_STEPS))
         own = call(self._built["diffusers"], checked, stage)()
         exact = own if self.dtype == torch.float32 else call(self._exact(), checked, stage)()
         outputs, first_calls = {}, {}
         for name in self.names:
-            function = call(self._get(name, work), checked, stage)
+            function = call(self._get(name), checked, stage)
             outputs[name], first_calls[name] = timing.first_call(function, self.device)
         verdicts = judge(stage, outputs, exact, own, self.dtype)
-        right = {
-            name: call(self._get(name, work), work, stage) for name in outputs if not verdicts[name].wrong
-        }
-        if checked.size != work.size:  # what is compiled for a size was not compiled yet
+        right = {name: call(self._get(name), work, stage) for name in outputs if not verdicts[name].wrong}
+        if checked.noise.shape != work.noise.shape:  # what is compiled for a shape was not compiled yet
             for name, function in right.items():
                 first_calls[name] += timing.first_call(function, self.device)[1]
         timings = timing.take_turns(right, first_calls, self.device, repeats)
@@ -258,11 +260,10 @@ class Bench:
         ]
         return Figures(figures, failed)
 
-    def _get(self, name: str, work: Work) -> Any:
+    def _get(self, name: str) -> Any:
         """An implementation, built when it is first asked for."""
         if name not in self._built:
-            tokens = work.noise[0, 0].numel() // self.ours.transformer.config.patch_size**2
-            self._built[name] = IMPLEMENTATIONS[name](self.ours, 2 * len(work.prompts) * tokens)
+            self._built[name] = IMPLEMENTATIONS[name](self.ours)
         return self._built[name]
 
     def _exact(self) -> diffusers.SanaPipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ Report = dict[str, Any]
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """The reports of `scripts/bench_pipeline.py` and `scripts/bench_train.py` in a folder, by file name.
+    """The reports of `scripts/bench_pipeline.py`, `bench_train.py` and `bench_options.py` in a folder, by file name.
 
     Raises:
         ValueError: a file is no such report.
@@ -45,7 +46,7 @@ def read_reports(folder: Path) -> list[Report]:
             kind, values = report["metric"], report["values"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no report of a benchmark: {error}") from error
-        if kind in ("pipeline", "training") and values:
+        if kind in ("pipeline", "training", "options") and values:
             reports.append(report)
     return reports
 
@@ -53,6 +54,8 @@ def read_reports(folder: Path) -> list[Report]:
 def cases(reports: Sequence[Report]) -> Iterator[tuple[Report, str, str, dict[str, Any]]]:
     """(report, stage, batch, implementation -> figures) of all that was measured."""
     for report in reports:
+        if report["metric"] == "options":
+            continue
         stages = {"train": report["values"]} if report["metric"] == "training" else report["values"]
         for stage, batches in stages.items():
             for batch, rows in batches.items():
@@ -67,12 +70,13 @@ def tables(reports: Sequence[Report]) -> str:
     parts = [f"![Speed over diffusers]({PLOT})\n"]
     for machine in dict.fromkeys(map(_machine, reports)):
         own = [report for report in reports if _machine(report) == machine]
+        options = [report for report in own if report["metric"] == "options"]
         origins = ", ".join(dict.fromkeys(map(_origin, own)))
         lines = [f"{machine}; commit {origins}, with + if there were changes on top.", ""]
         lines += [
-            "| what | implementation | median | fastest to slowest | a second | speed | first call | call takes | others | load |"
+            "| what | implementation | median | fastest to slowest | a second | speed | apart | first call | call takes | others | load |"
         ]
-        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+        lines += [f"|{'---|' * 11}"]
         for report, stage, batch, rows in cases(own):
             for name, row in rows.items():
                 what = _title(report, stage, batch) if name == next(iter(rows)) else ""
@@ -80,6 +84,7 @@ def tables(reports: Sequence[Report]) -> str:
         lines += [
             "",
             *_best(own),
+            *itertools.chain(*map(_options, options)),
             "Commands:",
             "",
             "```bash",
@@ -124,6 +129,7 @@ def _row(name: str, row: dict[str, Any]) -> str:
         f"{seconds(row['fastest'])} to {seconds(row['slowest'])}",
         rate,
         speed,
+        f"{row['error']:.0e}" + (f", {row['psnr']:.0f} dB" if row.get("psnr") is not None else ""),
         seconds(row["first_call"]),
         memory,
         f"{row['other_cores']:.2f}",
@@ -149,6 +155,28 @@ def _best(reports: Sequence[Report]) -> list[str]:
     return lines
 
 
+def _options(report: Report) -> list[str]:
+    """A table of what options gain and cost."""
+    settings = report["settings"]
+    title = f"Options of tiny, {report['n']} prompts, batches of {settings['batch']}:"
+    lines = [
+        title,
+        "",
+        "| option | a batch | speed | latents apart | PSNR: median, worst | score |",
+        f"|{'---|' * 6}",
+    ]
+    for name, row in report["values"].items():
+        apart = (
+            f"{row['latent_error']:.1e} | {row['psnr']:.1f}, {row['worst_psnr']:.1f} dB"
+            if name != "exact"
+            else "|"
+        )
+        lines.append(
+            f"| {name} | {seconds(row['seconds'])} | {row['speed']:.2f} | {apart} | {row['score']:.3f} |"
+        )
+    return [*lines, ""]
+
+
 def seconds(value: float) -> str:
     """For people: ms below one second."""
     return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
@@ -160,11 +188,20 @@ def with_tables(page: str, reports: Sequence[Report]) -> str:
     Raises:
         ValueError: they are not there.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page needs a line {BEGIN} and a line {END} for the tables")
-    return f"{before}{BEGIN}\n\n{tables(reports)}\n{END}{after}"
+    return replaced(page, BEGIN, END, tables(reports))
+
+
+def replaced(page: str, begin: str, end: str, text: str) -> str:
+    """The page with `text` between two markers.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    before, first, rest = page.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise ValueError(f"the page needs a line {begin} and a line {end} for the tables")
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
 
 
 def plot(reports: Sequence[Report], path: Path) -> None:

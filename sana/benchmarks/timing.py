@@ -102,16 +102,16 @@ def memory_of(function: Timed, device: torch.device) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed and not returned would count as lying there
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what lies there now
-        before = _status("VmRSS")
+        before = process_bytes("VmRSS")
     except (OSError, AttributeError, StopIteration):
         function()
         return None
     function()
-    return max(0, _status("VmHWM") - before)
+    return max(0, process_bytes("VmHWM") - before)
 
 
-def _status(key: str) -> int:
-    """A size of this process, in bytes."""
+def process_bytes(key: str) -> int:
+    """A size of this process on Linux: "VmRSS" is what it holds, "VmHWM" the most that it held."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 

@@ -20,6 +20,7 @@ from sana.benchmarks.comparison import Figures, judge
 from sana.config import SanaConfig
 from sana.data.loader import Batch
 from sana.diffusion import flow
+from sana.loading import DTYPES
 from sana.models.diffusers_folder import build_transformer_twin
 from sana.training.parallel import build_accelerator
 from sana.training.progress import forward_flops, peak_flops
@@ -59,7 +60,7 @@ class DiffusersTrainer:
 
     def __init__(self, ours: SyntheticTrainer, *, compiled: bool = False) -> None:
         config, train = ours.config, ours.config.train
-        self.device, self.precision = ours.device, autocast_dtype(config)
+        self.device, self.precision = ours.device, DTYPES[config.model.mixed_precision]
         self.clip, self.scheduler = train.gradient_clip, config.scheduler
         self.latents = ours.batch.pixels.to(self.device).float()
         length = config.text_encoder.model_max_length
@@ -117,13 +118,6 @@ def _features(config: SanaConfig, tokens: int) -> Batch:
         replaced={},
         texts=texts,
     )
-
-
-def autocast_dtype(config: SanaConfig) -> torch.dtype:
-    """What matrix products are computed in."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
-        config.model.mixed_precision
-    ]
 
 
 IMPLEMENTATIONS = ("ours", "ours_compiled", "diffusers", "diffusers_compiled")

@@ -150,10 +150,5 @@ INERT: dict[str, Inert] = {
     key: Inert(default, reason) for reason, keys in _WITHOUT_EFFECT.items() for key, default in keys.items()
 }
 
-NOT_YET = (
-    "model.resume_from.load_ema",
-    "train.skip_step",
-    "train.debug_nan",
-    "debug",
-)
+NOT_YET = ("model.resume_from.load_ema", "train.skip_step", "train.debug_nan", "debug")
 """Fields that nothing reads yet: one that is not at its default is named like a key without effect."""

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sana.data.captions import Caption
 from sana.data.pictures import Samples
+from sana.data.quarantine import DataError
 from sana.utils.files import write_atomic
 
 FORMAT = 1
@@ -43,12 +44,8 @@ Keys = np.ndarray
 """(n,) of dtype S16."""
 
 
-class StaleCache(ValueError):
+class StaleCache(DataError):
     """The cache does not hold the features that this run needs."""
-
-    def __str__(self) -> str:
-        # A loader's worker hands it on with the worker's traceback before the message, which is for people.
-        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 def caption_key(caption: str) -> bytes:

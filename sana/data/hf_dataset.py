@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sana.data.buckets import header_size
-from sana.data.pictures import Pictures, Reading, indexed
-from sana.data.quarantine import UNREADABLE
-from sana.utils.seeding import derive_seed
+from sana.data.pictures import Pictures, Reading
 
 CAPTION_COLUMNS = ("prompt", "caption", "text")
 _SCORE_END = "_clip_score"
@@ -75,8 +72,7 @@ class HFDataset(Pictures):
         )
         sizes = None
         if self.frame.table is not None:
-            place = self.reading.index_dir and self.reading.index_dir / f"{derive_seed(state):016x}.json"
-            found = indexed([place] if place else [], state, self._headers)
+            found = self._headers(state)
             bad = [(self.label(i), size) for i, size in enumerate(found) if isinstance(size, str)]
             sizes = [tuple(size) for size in found if not isinstance(size, str)]
             good = [i for i, size in enumerate(found) if not isinstance(size, str)]
@@ -97,16 +93,6 @@ class HFDataset(Pictures):
         if not picture.get("path"):
             raise ValueError(f"{self.label(index)} has no picture in {self.image_column!r}")
         return Path(picture["path"])
-
-    def _headers(self) -> list[tuple[int, int] | str]:
-        """(height, width) of each picture, or why it has none."""
-        sizes: list[tuple[int, int] | str] = []
-        for index in range(len(self)):
-            try:
-                sizes.append(header_size(self.content(index)))
-            except UNREADABLE as error:
-                sizes.append(f"cannot read the picture: {error}")
-        return sizes
 
     def described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
         row = self._words[int(self._kept[index])]

@@ -4,25 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from sana.data.buckets import header_size, load_picture
 from sana.data.captions import parsed, scores_of, texts_of
-from sana.data.pictures import Pictures, Reading, indexed, state_of
+from sana.data.pictures import Pictures, Reading, state_of
 from sana.data.quarantine import UNREADABLE
-from sana.utils.seeding import derive_seed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 META = "meta_data.json"
-
-
-def load_square(path: str | Path, size: int) -> Tensor:
-    """The picture at `path`, shorter side resized to `size` and centre-cropped: (3, size, size) in [-1, 1].
-
-    Raises:
-        ValueError: it cannot be read as a picture.
-    """
-    return load_picture(path, (size, size))
 
 
 class ImageFolder(Pictures):
@@ -54,8 +41,7 @@ class ImageFolder(Pictures):
         states = [state_of(path) for path in self.paths]
         sizes = None
         if self.frame.table is not None:
-            place = self.reading.index_dir and self.reading.index_dir / f"{derive_seed(states):016x}.json"
-            found = indexed([place] if place else [], states, self._headers)
+            found = self._headers(states)
             bad += [
                 (str(path), size)
                 for path, size in zip(self.paths, found, strict=True)
@@ -76,16 +62,6 @@ class ImageFolder(Pictures):
 
     def content(self, index: int) -> Path:
         return self.paths[index]
-
-    def _headers(self) -> list[tuple[int, int] | str]:
-        """(height, width) of each picture, or why it has none."""
-        sizes: list[tuple[int, int] | str] = []
-        for path in self.paths:
-            try:
-                sizes.append(header_size(path))
-            except UNREADABLE as error:
-                sizes.append(f"cannot read the picture: {error}")
-        return sizes
 
     def described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
         path = self.paths[index]

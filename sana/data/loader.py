@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sana.data.cache import StaleCache
 from sana.data.order import Order
 from sana.data.pictures import Samples
-from sana.data.quarantine import UNREADABLE, TooManyBadSamples
+from sana.data.quarantine import UNREADABLE, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class _Items(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         try:
             return self._readable(*key)
-        except (TooManyBadSamples, StaleCache):
+        except DataError:
             raise
         except Exception as error:
             # Some exceptions (SafetensorError) cannot be sent from a worker to the main process, which then waits for ever.
@@ -64,7 +63,7 @@ class _Items(Dataset):
                 caption = samples.caption(other, epoch)
                 text = self.text(caption) if self.text else None
                 return samples.image(other), caption, text, (epoch, index), other
-            except StaleCache:  # no fault of the sample
+            except DataError:  # no fault of the sample
                 raise
             except UNREADABLE as error:
                 if samples.quarantine is None:

@@ -46,7 +46,8 @@ class Order:
     """(num_samples,) integers from 0: the bucket of each sample, none empty; None: all are in one."""
     bucket_sizes: Sequence[tuple[int, int]] = ()
     """(height, width) of the pictures of each bucket, where known."""
-    _members: list[int] = field(init=False, repr=False)
+    members: list[int] = field(init=False, repr=False)
+    """Samples in each bucket."""
     _epochs: dict[int, _Epoch] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ class Order:
             )
         members = [self.num_samples] if self.buckets is None else self.buckets.bincount().tolist()
         assert sum(members) == self.num_samples and min(members) > 0
-        object.__setattr__(self, "_members", members)
+        object.__setattr__(self, "members", members)
 
     @classmethod
     def of(cls, samples: Samples, *, batch_size: int, seed: int) -> Order:
@@ -73,14 +74,9 @@ class Order:
         )
 
     @property
-    def members(self) -> list[int]:
-        """Samples in each bucket."""
-        return self._members
-
-    @property
     def batches_per_epoch(self) -> list[int]:
         """Global batches of each bucket in an epoch: the last one, if it is not full, is filled up."""
-        return [-(-count // self.batch_size) for count in self._members]
+        return [-(-count // self.batch_size) for count in self.members]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,9 +117,9 @@ class Order:
             lists, places = [permutation], [torch.arange(self.num_samples)]
         else:
             grouped = self.buckets[permutation].sort(stable=True).indices  # places, bucket after bucket
-            places = list(grouped.split(self._members))
+            places = list(grouped.split(self.members))
             lists = [permutation[place] for place in places]
-        starts = [torch.arange(0, count, self.batch_size) for count in self._members]
+        starts = [torch.arange(0, count, self.batch_size) for count in self.members]
         firsts = torch.cat([place[start] for place, start in zip(places, starts, strict=True)])
         turn = firsts.argsort()
         bucket = torch.arange(len(lists)).repeat_interleave(torch.tensor(self.batches_per_epoch))

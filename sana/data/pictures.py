@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from sana.data.buckets import Frame, load_picture
+from sana.data.buckets import Frame, header_size, load_picture
 from sana.data.captions import Caption, CaptionChoice, assembled
 from sana.data.quarantine import UNREADABLE, Quarantine, allowed
 from sana.utils.files import write_atomic
@@ -112,6 +112,19 @@ class Pictures(ABC):
     @abstractmethod
     def described(self, index: int) -> tuple[Mapping[str, str], Mapping[str, float]]:
         """Captions and their scores, each by kind."""
+
+    def _headers(self, state: object) -> list[tuple[int, int] | str]:
+        """(height, width) of each picture, or why it has none; kept in `index_dir` for files in this `state`."""
+
+        def read(index: int) -> tuple[int, int] | str:
+            try:
+                return header_size(self.content(index))
+            except UNREADABLE as error:
+                return f"cannot read the picture: {error}"
+
+        folder = self.reading.index_dir
+        places = [] if folder is None else [folder / f"{derive_seed(state):016x}.json"]
+        return indexed(places, state, lambda: [read(index) for index in range(len(self))])
 
     def _complete(
         self,

@@ -33,12 +33,16 @@ UNREADABLE = (
 """What readers of pictures, captions, shards and caches raise for broken content. Anything else is our own mistake."""
 
 
-class TooManyBadSamples(ValueError):
-    """More samples cannot be read than `data.bad_sample_limit` allows."""
+class DataError(ValueError):
+    """The data as a whole is wrong, not one sample: the run ends."""
 
     def __str__(self) -> str:
         # A loader's worker hands it on with the worker's traceback before the message, which is for people.
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+class TooManyBadSamples(DataError):
+    """More samples cannot be read than `data.bad_sample_limit` allows."""
 
 
 def allowed(share: float, samples: int) -> int:

@@ -139,7 +139,6 @@ class _Branch:
         times: Mapping[float, Any],
     ) -> None:
         self.model, self.embeds, self.mask, self.times = model, embeds, mask, times
-
         self._text_cache: Any = None
 
     def encode_text(self) -> Any:

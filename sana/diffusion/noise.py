@@ -44,7 +44,11 @@ def starting_noise(
 
     def draw() -> Tensor:
         parts = [torch.randn((group, *shape), generator=own, device=own.device) for own in sources]
-        return torch.cat(parts).to(device)
+        drawn = torch.cat(parts)
+        if device.type == "cuda" and drawn.device.type == "cpu":
+            # A copy of other memory would wait for the GPU, in the steps of scm too.
+            return drawn.pin_memory().to(device, non_blocking=True)
+        return drawn.to(device)
 
     noise = draw()
     return noise if latents is None else latents.to(noise), lambda step: draw()

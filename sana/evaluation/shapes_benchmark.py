@@ -13,19 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from sana.metrics.geneval import (
-    GenEvalOptions,
-    GenEvalPrompt,
-    find_samples,
-    score_image,
-    summarise,
-)
+from sana.metrics.geneval import GenEvalPrompt, find_samples, summarise
+from sana.metrics.geneval_folder import Record, read_pixels, shapes_eyes
 from sana.metrics.report import Report, make_report
 from sana.shapes.benchmark import IMAGES_PER_PROMPT
-from sana.shapes.detector import MIN_SCORE, classify_colours, detect
 from sana.utils.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -33,8 +24,6 @@ if TYPE_CHECKING:
     from sana.pipeline import SanaPipeline
 
 PROTOCOL = "shapes benchmark 1: GenEval's decision logic, held-out prompts, exact detector"
-OPTIONS = GenEvalOptions(threshold=MIN_SCORE, counting_threshold=MIN_SCORE)
-"""The detector reports no duplicates, so that counting needs no threshold of its own."""
 
 Samples = list[tuple[Path, GenEvalPrompt]]
 
@@ -111,28 +100,10 @@ def find_images(folder: str | Path, prompts: Mapping[int, GenEvalPrompt]) -> Sam
     return samples
 
 
-def score(samples: Iterable[tuple[Path, GenEvalPrompt]]) -> list[dict[str, Any]]:
+def score(samples: Iterable[tuple[Path, GenEvalPrompt]]) -> list[Record]:
     """The record of every image (`geneval.score_image`); ValueError for a file that is no image."""
-    return [
-        score_image(
-            prompt,
-            read_image(path),
-            filename=str(path),
-            detector=detect,
-            classify_colours=classify_colours,
-            options=OPTIONS,
-        )
-        for path, prompt in samples
-    ]
-
-
-def read_image(path: Path) -> np.ndarray:
-    """The picture upright, (H, W, 3) uint8."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    eyes = shapes_eyes()
+    return [eyes.look(prompt, read_pixels(path), str(path)) for path, prompt in samples]
 
 
 def report(
@@ -146,16 +117,16 @@ def report(
     rows = list(Manifest(folder).rows().values())
     made = dict(rows[0]["settings"]) if rows else {}
     transformer, dtype = made.pop("weights_sha256", None), made.pop("dtype", None)
-    prompts = {record["metadata"] for record in records}
+    prompts, eyes = {record["metadata"] for record in records}, shapes_eyes()
     return make_report(
-        metric="GenEval (shapes)",
+        metric=eyes.metric,
         values=summarise(records),
         n=len(records),
         protocol=PROTOCOL,
         settings={
             "prompts": len(prompts),
             "images_per_prompt": len(records) // len(prompts),
-            "options": asdict(OPTIONS),
+            "options": asdict(eyes.options),
             "generation": made,
             **(extra or {}),
         },

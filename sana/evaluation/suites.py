@@ -32,7 +32,7 @@ from sana.metrics.weights import fetched_by, folder_sha256
 from sana.pipeline import SanaPipeline
 from sana.shapes.benchmark import IMAGES_PER_PROMPT, PROMPTS_FILE
 from sana.utils import distributed, hub, images
-from sana.utils.logging import get_logger
+from sana.utils.logging import first_line, get_logger
 
 log = get_logger(__name__)
 
@@ -184,10 +184,8 @@ def _dpg(sources: Sources) -> Suite:
         if sources.dpg_grids and distributed.is_main():
             write_grids(pictures, folder.with_name(f"{folder.name}.grids"))
         judge = load_judge(name, device=sources.device)
-        weights, facts = (
-            {"judge": folder_sha256(name)},
-            {"judge_path": name, "questions_sha256": hub.sha256(file)},
-        )
+        weights = {"judge": folder_sha256(name)}
+        facts = {"judge_path": name, "questions_sha256": hub.sha256(file)}
         found = dpg_folder.judge_pictures(
             pictures, items, judge, protocol, work, facts | {"weights": weights}
         )
@@ -304,7 +302,7 @@ def evaluate(
         except Exception as error:
             if distributed.world_size() > 1:
                 raise
-            failures[what] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failures[what] = first_line(error)
             # What is not the user's or the machine's is our own mistake, and keeps its traceback.
             mistake = not isinstance(error, ValueError | ArithmeticError | OSError)
             log.error("%s: %s: %s", what, type(error).__name__, failures[what], exc_info=mistake)

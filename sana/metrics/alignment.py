@@ -101,8 +101,8 @@ def measure(
         n=len(items),
         protocol=scorer.protocol,
         settings={"batch_size": batch_size, "prompts": len(set(prompts)), "prompts_cut": cut}
+        | {"scorer_dtype": dtype}
         | described(items)
         | dict(settings or {}),
         weights={"scorer": scorer.sha256},
-        dtype=dtype,
     )

@@ -17,7 +17,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from sana.metrics.alignment import Scorer
-from sana.metrics.weights import fetched_by, folder_sha256, hub_command
+from sana.metrics.weights import fetched_by, folder_sha256, hub_command, labelled
 from sana.utils.pretrained import load_pretrained
 
 CLIP_NAME = "openai/clip-vit-large-patch14"
@@ -149,7 +149,8 @@ class ClipScorer(Scorer):
         place = weights or CLIP_NAME
         with fetched_by(hub_command(CLIP_NAME), place):
             clip = ClipScore.from_pretrained(place, dtype=dtype, device=device)
-        return cls(clip, folder_sha256(place), protocol=f"100 cos, prompt without a template; {place}")
+        sha256 = folder_sha256(place)
+        return cls(clip, sha256, protocol=f"100 cos, prompt without a template; {labelled(place, sha256)}")
 
     def prepare(self, picture: Image) -> Tensor:
         return self.clip.prepare(picture)

@@ -59,10 +59,15 @@ def report_path(args: argparse.Namespace, metric: str) -> Path:
     return Path(args.output) if args.output else images.parent / f"{images.name}.{metric}.json"
 
 
+def work_folder(args: argparse.Namespace, metric: str) -> Path:
+    """Where partial results are kept."""
+    return Path(args.work) if args.work else report_path(args, metric).with_suffix(".work")
+
+
 def loop(args: argparse.Namespace, metric: str) -> dict[str, Any]:
     """The arguments of a `measure` that say how it runs and what it tells of it."""
     return {
-        "work_folder": Path(args.work) if args.work else report_path(args, metric).with_suffix(".work"),
+        "work_folder": work_folder(args, metric),
         "batch_size": args.batch_size,
         "threads": args.threads,
         "settings": {

@@ -10,6 +10,7 @@ prompt. `compat="ella"` repeats both, `compat="fixed"` neither.
 """
 
 import csv
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -247,7 +248,9 @@ def read_answers(path: str | Path, items: Mapping[str, Item]) -> Answers:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the answers {path}: {error}") from error
-    given: dict[str, dict[str, dict[str, bool]]] = defaultdict(lambda: defaultdict(dict))
+    given: dict[str, dict[str, dict[str, list[bool]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for number, line in enumerate(lines, 1):
         match = _DETAIL.fullmatch(line)
         if match is None:
@@ -256,11 +259,18 @@ def read_answers(path: str | Path, items: Mapping[str, Item]) -> Answers:
             )
         key = Path(match["path"]).name.partition(".")[0]
         key = key if key in items else re.sub(r"-s\d+$", "", key)  # further pictures in files of their own
-        given[key][match["picture"]][match["question"]] = match["answer"] == "yes"
+        given[key][match["picture"]][match["question"]].append(match["answer"] == "yes")
     return {
-        key: [
-            {q.number: said[q.text] for q in item.questions if q.text in said} for said in given[key].values()
-        ]
+        key: [_by_number(item.questions, said) for said in given[key].values()]
         for key, item in items.items()
         if key in given
     }
+
+
+def _by_number(questions: Sequence[Question], said: Mapping[str, Sequence[bool]]) -> dict[int, bool]:
+    """Number of the question -> its answer: of equal questions in their order, of one asked again the last."""
+    numbers = defaultdict(list)
+    for question in questions:
+        numbers[question.text].append(question.number)
+    pairs = (zip(own, said.get(text, ())[-len(own) :], strict=False) for text, own in numbers.items())
+    return dict(itertools.chain.from_iterable(pairs))

@@ -169,5 +169,4 @@ def report(
             **settings,
         },
         weights=weights,
-        dtype=settings.get("generation", {}).get("dtype"),
     )

@@ -212,8 +212,9 @@ def measure(
         values={network.metric: frechet_distance(statistics, reference)},
         n=len(items),
         protocol=f"{network.name}; {reference.n or 'an unknown number of'} reference pictures",
-        settings={"batch_size": batch_size} | described(items) | dict(settings or {}),
+        settings={"batch_size": batch_size, "features_dtype": "float32"}
+        | described(items)
+        | dict(settings or {}),
         weights={"features": network.sha256},
-        dtype="float32",
     )
     return report, statistics, reference

@@ -325,13 +325,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sample_path(root: Path, *, prompt_index: int, sample_index: int) -> Path:
-    """Where the published layout keeps an image: `<root>/<prompt:05d>/samples/<sample:05d>.png`."""
-    return root / f"{sample_stem(prompt_index, sample_index)}.png"
-
-
 def sample_stem(prompt_index: int, sample_index: int) -> str:
-    """The same, within the folder and without ".png"."""
+    """Where in its folder the published layout keeps an image, without ".png"."""
     return f"{prompt_index:05d}/samples/{sample_index:05d}"
 
 

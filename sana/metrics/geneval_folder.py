@@ -54,6 +54,11 @@ class Eyes:
     metric: str = "GenEval"
     """Name of the report."""
 
+    def look(self, prompt: GenEvalPrompt, image: np.ndarray, filename: str) -> Record:
+        """The record of one image, (H, W, 3) uint8."""
+        seen = {"detector": self.detector, "classify_colours": self.classify_colours, "options": self.options}
+        return score_image(prompt, image, filename=filename, **seen)
+
 
 def read_samples(
     folder: str | Path, prompts: Mapping[int, GenEvalPrompt] | None = None, *, allow_missing: bool = False
@@ -107,6 +112,11 @@ def _require_even(
         log.warning("%s; left out", problem)
 
 
+def read_pixels(path: str | Path) -> np.ndarray:
+    """A picture upright, (H, W, 3) uint8. Raises as `open_image`."""
+    return np.asarray(open_image(path, exif=True))
+
+
 def score(samples: Sequence[Sample], eyes: Eyes, work_folder: str | Path) -> list[Record]:
     """The record of every image; done ones are kept in `work_folder`, and a second run goes on there.
 
@@ -116,31 +126,18 @@ def score(samples: Sequence[Sample], eyes: Eyes, work_folder: str | Path) -> lis
     prompts = {sample.item.name: sample.prompt for sample in samples}
 
     def look(items: Sequence[ScoredImage], images: list[np.ndarray]) -> list[Record]:
-        return [
-            score_image(
-                prompts[item.name],
-                image,
-                filename=str(item.path),
-                detector=eyes.detector,
-                classify_colours=eyes.classify_colours,
-                options=eyes.options,
-            )
-            for item, image in zip(items, images, strict=True)
-        ]
+        pairs = zip(items, images, strict=True)
+        return [eyes.look(prompts[item.name], image, str(item.path)) for item, image in pairs]
 
-    settings = {
-        "metric": "GenEval",
-        "options": asdict(eyes.options),
-        **eyes.facts,
-        "weights": dict(eyes.weights),
-    }
+    settings = {"metric": "GenEval", "options": asdict(eyes.options), **eyes.facts}
+    settings["weights"] = dict(eyes.weights)
     records = score_images(
         [sample.item for sample in samples],
         look,
         work_folder,
         settings,
         batch_size=1,  # a detector takes one image, and an interruption costs one
-        load=lambda path: np.asarray(open_image(path, exif=True)),
+        load=read_pixels,
     )
     if records and not any(json.loads(record["details"]) for record in records):
         log.warning(
@@ -189,5 +186,4 @@ def report(samples: Sequence[Sample], records: Sequence[Record], eyes: Eyes) -> 
             **about,
         },
         weights=eyes.weights,
-        dtype=about.get("generation", {}).get("dtype"),
     )

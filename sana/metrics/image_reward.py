@@ -25,7 +25,7 @@ from transformers import (
 
 from sana.metrics.alignment import Scorer
 from sana.metrics.clip_score import CLIP_MEAN, CLIP_STD, picture_transform
-from sana.metrics.weights import Published, load_tokenizer, read_state, require_keys
+from sana.metrics.weights import Published, load_state, load_tokenizer, read_state
 from sana.utils import hub
 
 WEIGHTS = Published(
@@ -174,12 +174,7 @@ class ImageReward(Scorer):
         path = WEIGHTS.find(weights)
         state = our_names(read_state(path, WEIGHTS.what))
         network = RewardNetwork(config or RewardConfig())
-        require_keys(set(network.state_dict()), set(state), path, WEIGHTS.what)
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ValueError(f"{path} is not {WEIGHTS.what}: {reason}") from error
+        load_state(network, state, path, WEIGHTS.what)
         return cls(network.to(device, dtype), load_tokenizer(tokenizer or TOKENIZER), hub.sha256(path))
 
     def prepare(self, picture: Image) -> Tensor:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import functional as pictures
 
-from sana.metrics.weights import Published, read_state, require_keys
+from sana.metrics.weights import Published, load_state, read_state
 
 SIDE = 299
 DIMS = (64, 192, 768, 2048)
@@ -190,11 +190,7 @@ def load_inception(path: Path, device: torch.device | str = "cpu") -> Inception:
     # The number of batches seen in training has no effect, and not every copy of the file has it.
     counters = {name for name in network.state_dict() if name.endswith("num_batches_tracked")}
     state |= {name: torch.zeros((), dtype=torch.long) for name in counters - state.keys()}
-    require_keys(set(network.state_dict()), set(state), path, WEIGHTS.what)
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not {WEIGHTS.what}: {str(error).splitlines()[1].strip()}") from error
+    load_state(network, state, path, WEIGHTS.what, assign=True)
     return network.float().to(device).eval().requires_grad_(False)
 
 

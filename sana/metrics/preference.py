@@ -21,9 +21,10 @@ from sana.metrics.weights import (
     fetched_by,
     folder_sha256,
     hub_command,
+    labelled,
+    load_state,
     load_tokenizer,
     read_state,
-    require_keys,
 )
 from sana.utils import hub
 from sana.utils.pretrained import load_pretrained
@@ -54,12 +55,12 @@ def pick_score(
     place = weights or PICK_SCORE
     with fetched_by(hub_command(PICK_SCORE), place):
         (model,) = load_pretrained("PickScore", place, CLIPModel, dtype=dtype, device=device)
-    tokens = load_tokenizer(tokenizer or PICK_TOKENIZER)
+    tokens, sha256 = load_tokenizer(tokenizer or PICK_TOKENIZER), folder_sha256(place)
     return ClipScorer(
         ClipScore(model, tokens, CLIP_MEAN, CLIP_STD),
-        folder_sha256(place),
+        sha256,
         metric="PickScore",
-        protocol=f"exp(logit scale) cos; {place}",
+        protocol=f"exp(logit scale) cos; {labelled(place, sha256)}",
         scale=float(model.logit_scale.float().exp()),
     )
 
@@ -102,12 +103,7 @@ class HPSv2(Scorer):
         path = HPS_WEIGHTS.find(weights)
         state = read_state(path, HPS_WEIGHTS.what)
         model = open_clip.create_model(architecture, pretrained=None, load_weights=False)
-        require_keys(set(model.state_dict()), set(state), path, HPS_WEIGHTS.what)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise ValueError(f"{path} is not {HPS_WEIGHTS.what}: {reason}") from error
+        load_state(model, state, path, HPS_WEIGHTS.what)
         return cls(model.to(device, dtype), open_clip.get_tokenizer(architecture), hub.sha256(path))
 
     def prepare(self, picture: Image) -> Tensor:
@@ -141,20 +137,28 @@ def load_scorer(
 
     Args:
         weights: in place of the published ones.
-        tokenizer: likewise, of ImageReward and PickScore, which come without one.
+        tokenizer: likewise, of those `WITHOUT_TOKENIZER`.
 
     Raises:
         ValueError: unknown name, a tokenizer where there is no choice, or weights that are not there.
     """
-    place = {"dtype": dtype, "device": device}
-    if name in ("ImageReward", "PickScore"):
-        load = ImageReward.from_file if name == "ImageReward" else pick_score
-        return load(weights, tokenizer=tokenizer, **place)
     if name not in SCORERS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(SCORERS)}")
-    if tokenizer is not None:
-        raise ValueError(f"{name} comes with its tokenizer; --tokenizer is for ImageReward and PickScore")
-    return (ClipScorer.from_pretrained if name == "CLIP score" else HPSv2.from_file)(weights, **place)
+    settings = {"dtype": dtype, "device": device}
+    if name in WITHOUT_TOKENIZER:
+        settings["tokenizer"] = tokenizer
+    elif tokenizer is not None:
+        raise ValueError(
+            f"{name} comes with its tokenizer; --tokenizer is for {' and '.join(WITHOUT_TOKENIZER)}"
+        )
+    return SCORERS[name](weights, **settings)
 
 
-SCORERS = ("CLIP score", "ImageReward", "PickScore", "HPSv2.1")
+SCORERS: dict[str, Callable[..., Scorer]] = {
+    "CLIP score": ClipScorer.from_pretrained,
+    "ImageReward": ImageReward.from_file,
+    "PickScore": pick_score,
+    "HPSv2.1": HPSv2.from_file,
+}
+"""Name -> how it is loaded: called as load(weights, dtype=, device=), and with tokenizer= where it comes without one."""
+WITHOUT_TOKENIZER = ("ImageReward", "PickScore")

@@ -46,7 +46,8 @@ class Report:
     weights: Mapping[str, str]
     """sha256 of the weights of each part by name ("transformer", "autoencoder", ...); may be empty."""
     dtype: str | None
-    """Compute type of the measured model, "float32" for instance; None where no model ran."""
+    """Compute type of the measured model, "float32" for instance: of pictures, of what drew them. None where none ran, or
+    nothing says it. That of a network that measures is among the settings, as its `..._dtype`."""
     command: str
     """The command line that produced the report."""
     hardware: str
@@ -84,7 +85,11 @@ def make_report(
     weights: Mapping[str, str] | None = None,
     dtype: str | None = None,
 ) -> Report:
-    """A report of this process: command, hardware, versions and date are filled in."""
+    """A report of this process: command, hardware, versions and date are filled in.
+
+    Args:
+        dtype: None: what `settings["generation"]` says (`image_set.described`).
+    """
     return Report(
         metric=metric,
         values=values,
@@ -92,7 +97,7 @@ def make_report(
         protocol=protocol,
         settings=settings,
         weights=weights or {},
-        dtype=dtype,
+        dtype=dtype or settings.get("generation", {}).get("dtype"),
         command=shlex.join(["python", *sys.argv]),
         hardware=hardware(),
         versions=versions(),

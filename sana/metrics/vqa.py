@@ -20,6 +20,7 @@ from transformers import (
 from sana.metrics.dpg import Judge
 from sana.metrics.weights import fetched_by, hub_command
 from sana.utils import hub
+from sana.utils.logging import first_line
 from sana.utils.pretrained import load_pretrained
 
 JUDGE_NAME = "Salesforce/blip-vqa-capfilt-large"
@@ -137,9 +138,7 @@ def load_judge(
         try:
             kind = AutoConfig.from_pretrained(folder).model_type
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{name_or_path} is no model of transformers: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"{name_or_path} is no model of transformers: {first_line(error)}") from error
         model_class, judge = _KINDS.get(kind, (AutoModelForImageTextToText, ChatJudge))
         parts = load_pretrained(
             "a judge", name_or_path, model_class, AutoProcessor, dtype=dtype, device=device

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana.utils import hub
-from sana.utils.logging import get_logger
+from sana.utils.logging import first_line, get_logger
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 log = get_logger(__name__)
@@ -79,6 +79,12 @@ def folder_sha256(name_or_path: str | Path) -> str:
     return hub.sha256(hub.resolve_weights(folder) if folder.is_dir() else folder)
 
 
+def labelled(name_or_path: str | Path, sha256: str) -> str:
+    """Which weights, for a protocol: the hub's name or the last part of a path, and how their hash begins."""
+    local = hub.hub_address(name_or_path) is None
+    return f"{Path(name_or_path).resolve().name if local else name_or_path} {sha256[:8]}"
+
+
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name; of the hub nothing else is fetched.
 
@@ -90,7 +96,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         fetch = f"{hub_command(name_or_path)} --include 'token*' '*.txt' config.json"
         raise ValueError(f"no tokenizer in {str(name_or_path)!r}: {reason}; to fetch it: {fetch}") from error
 
@@ -112,20 +118,27 @@ def read_state(path: Path, what: str) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as the weights of {what}: {reason[:200]}") from error
+        reason = first_line(error)[:200]
+        raise ValueError(f"{path}: cannot be read as the weights of {what}: {reason}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no tensors by name, so not the weights of {what}")
     return state
 
 
-def require_keys(module_keys: set[str], keys: set[str], path: Path, what: str) -> None:
-    """Refuse a file whose names are not the network's.
+def load_state(
+    network: nn.Module, state: Mapping[str, Tensor], path: Path, what: str, *, assign: bool = False
+) -> None:
+    """Put the tensors of a file into the network they are of; with `assign` in place of its own.
 
     Raises:
-        ValueError: with the first name that is missing or too much.
+        ValueError: their names or shapes are not the network's; the message has the first.
     """
-    for names, verb in ((module_keys - keys, "lacks"), (keys - module_keys, "has unknown")):
+    own, given = network.state_dict().keys(), state.keys()
+    for names, verb in ((own - given, "lacks"), (given - own, "has unknown")):
         if names:
             raise ValueError(f"{path} is not {what}: it {verb} {len(names)} tensors, {min(names)} among them")
+    try:
+        network.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not {what}: {str(error).splitlines()[1].strip()}") from error

@@ -21,6 +21,7 @@ from sana.models import dc_ae_decoder, dc_ae_names
 from sana.models.checkpoints import AUTOENCODERS
 from sana.models.tiling import in_tiles
 from sana.utils import hub
+from sana.utils.oom import is_out_of_memory
 
 NATIVE_WEIGHTS = "model.safetensors"
 """The file of a DC-AE as its authors release it, beside a config.json; diffusers' has another name."""
@@ -106,6 +107,8 @@ class Autoencoder(nn.Module):
                 model = AutoencoderDC.from_pretrained(folder, torch_dtype=dtype or _stored_dtype(folder))
                 model.register_to_config(_name_or_path="")  # a copy must not name a folder of this machine
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"cannot load an AutoencoderDC from {str(path)!r}: {reason}") from error
         return cls(model).to(device, dtype).eval().requires_grad_(False)

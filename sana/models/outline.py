@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Gemma2Config, PreTrainedModel
 
+from sana.models import dc_ae_names
 from sana.models.autoencoder import NATIVE_WEIGHTS, PUBLISHED, Autoencoder
 from sana.models.checkpoints import AUTOENCODERS
+from sana.models.text_encoder import find_folders
 from sana.utils import hub
 
 _GEMMA_2_2B = ("gemma-2-2b", "gemma-2-2b-it")
@@ -19,54 +23,53 @@ _CHARACTERS_A_TOKEN = 4
 
 
 def outline_autoencoder(name: str) -> Autoencoder:
-    """The autoencoder of a local folder, or a published one.
+    """The autoencoder of a folder, local or on the hub, of which settings are fetched, not weights.
+
+    The shape of a published one is known, but for the lighter ones: of these the authors' release is fetched.
 
     Raises:
-        ValueError: neither; nothing is downloaded.
+        ValueError: nothing is there, or it is no DC-AE.
     """
-    folder = _local(name)
+    published = name.removeprefix("hf://")
     with torch.device("meta"):
-        if folder is not None and not (folder / NATIVE_WEIGHTS).is_file():
-            return Autoencoder(AutoencoderDC.from_config(AutoencoderDC.load_config(folder)))
-        if name.removeprefix("hf://") in AUTOENCODERS and "lite" not in name:
+        if published in AUTOENCODERS and "lite" not in published:
             return Autoencoder(AutoencoderDC(**asdict(PUBLISHED)))
-    raise ValueError(
-        f"no plan for autoencoder {name!r}: it is not on this machine, and none whose shape is known"
-    )
+        native = AUTOENCODERS.get(published) == "native"  # with settings that say nothing
+        folder = hub.resolve_model(name) if native else hub.resolve_settings(name)
+        try:
+            if (folder / NATIVE_WEIGHTS).is_file():
+                return Autoencoder(AutoencoderDC(**_native_layout(folder / NATIVE_WEIGHTS)))
+            return Autoencoder(AutoencoderDC.from_config(AutoencoderDC.load_config(folder)))
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"cannot read the shape of an AutoencoderDC from {name!r}: {reason}") from error
 
 
-def outline_text_encoder(name: str) -> PreTrainedModel:
-    """The language model of a local folder, or Gemma-2-2b; its dtype is that of the files.
+def outline_text_encoder(name: str, instruction: Sequence[str]) -> tuple[PreTrainedModel, int]:
+    """The language model of a folder, local or on the hub, in the dtype of its files, and how many tokens an instruction is.
+
+    Of the hub settings are fetched, not weights; of Gemma-2-2b nothing, for it is known, and its tokens are guessed.
 
     Raises:
-        ValueError: neither; nothing is downloaded.
+        ValueError: nothing is there, or it is no model of transformers.
     """
-    folder = _local(name)
-    if folder is not None:
-        inner = folder / "text_encoder"
-        settings = AutoConfig.from_pretrained(inner if inner.is_dir() else folder)
-    elif Path(name).name in _GEMMA_2_2B:
-        settings = Gemma2Config(dtype=torch.bfloat16)
-    else:
-        raise ValueError(
-            f"no plan for text encoder {name!r}: it is not on this machine, and none whose shape is known"
-        )
-    with torch.device("meta"):
-        return AutoModel.from_config(settings, dtype=settings.dtype or torch.float32).eval()
-
-
-def instruction_tokens(name: str, lines: tuple[str, ...] | list[str]) -> int:
-    """Tokens of the instruction: counted where the tokenizer is on this machine, else guessed."""
-    text, folder = "\n".join(lines), _local(name)
-    if not text or folder is None:
-        return len(text) // _CHARACTERS_A_TOKEN
-    return len(AutoTokenizer.from_pretrained(folder)(text).input_ids)
-
-
-def _local(name: str) -> Path | None:
-    if name.startswith("hf://") or hub.hub_address(name) is not None:
-        return None
+    text = "\n".join(instruction)
     try:
-        return hub.resolve(name)
-    except ValueError:
-        return None
+        if Path(name).name in _GEMMA_2_2B and not Path(name).is_dir():
+            settings, tokens = Gemma2Config(dtype=torch.bfloat16), len(text) // _CHARACTERS_A_TOKEN
+        else:
+            folder, words = find_folders(name, hub.resolve_settings)
+            settings = AutoConfig.from_pretrained(folder)
+            tokens = len(AutoTokenizer.from_pretrained(words)(text).input_ids) if text else 0
+        with torch.device("meta"):
+            return AutoModel.from_config(settings, dtype=settings.dtype or torch.float32).eval(), tokens
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"cannot read the shape of a text encoder from {name!r}: {reason}") from error
+
+
+def _native_layout(weights: Path) -> dict[str, object]:
+    """The arguments of an authors' release, whose tensors alone tell them."""
+    with safe_open(weights, "pt") as file:
+        shapes = {key: torch.empty(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 no mapping
+    return dc_ae_names.layout(dc_ae_names.from_native(shapes))

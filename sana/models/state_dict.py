@@ -26,6 +26,7 @@ from sana.models.zoo import recognise
 from sana.utils import hub
 from sana.utils.files import write_atomic
 from sana.utils.logging import get_logger
+from sana.utils.oom import is_out_of_memory
 
 __all__ = [
     "NULL_CAPTION",
@@ -171,8 +172,10 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         raise _unreadable(file, error) from error
 
 
-def _unreadable(file: Path, error: Exception) -> ValueError:
+def _unreadable(file: Path, error: Exception) -> ValueError | MemoryError:
     """What to tell of a file that a reader refused; the readers' own texts say nothing to a user."""
+    if is_out_of_memory(error):
+        return MemoryError(f"out of memory while reading {file}")
     if isinstance(error, OSError) and error.strerror:
         return ValueError(f"{file}: cannot be read: {error.strerror}")
     return ValueError(f"{file}: truncated or corrupt ({file.stat().st_size:,} bytes): fetch it again")

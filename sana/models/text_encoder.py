@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sana.utils import hub
+from sana.utils.oom import is_out_of_memory
 from sana.utils.pretrained import no_loading_bar
 
 T = TypeVar("T")
@@ -152,7 +153,7 @@ class TextEncoder(nn.Module):
         Raises:
             ValueError: nothing loadable is there, weights are missing, or it is no decoder-only model.
         """
-        model_folder, tokenizer_folder = _find(str(name_or_path))
+        model_folder, tokenizer_folder = find_folders(str(name_or_path))
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
             with no_loading_bar():
@@ -166,6 +167,8 @@ class TextEncoder(nn.Module):
             ImportError,
             SafetensorError,
         ) as error:
+            if is_out_of_memory(error):
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load a text encoder from {str(name_or_path)!r}: {reason}") from error
         if model.config.is_encoder_decoder:
@@ -274,14 +277,18 @@ class TextEncoder(nn.Module):
         return self._kept[what]
 
 
-def _find(name: str) -> tuple[Path, Path]:
-    """The folders of the model and of its tokenizer; errors as in `TextEncoder.from_pretrained`."""
+def find_folders(name: str, resolve: Callable[[str], Path] | None = None) -> tuple[Path, Path]:
+    """The folders of the model and of its tokenizer; errors as in `TextEncoder.from_pretrained`.
+
+    Args:
+        resolve: how they are fetched; None is `sana.utils.hub.resolve_model`.
+    """
     if name in T5_NAMES:
         raise ValueError(
             f"text encoder {name!r}: T5 is not supported; the published weights need gemma-2-2b-it"
         )
     try:
-        folder = hub.resolve_model(HUB_NAMES.get(name, name))
+        folder = (resolve or hub.resolve_model)(HUB_NAMES.get(name, name))
     except ValueError as error:
         near = difflib.get_close_matches(name, HUB_NAMES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near and name not in HUB_NAMES else ""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sana.models.autoencoder import Autoencoder
 from sana.models.dc_ae_decoder import WORKING_BYTES
-from sana.runtime.oom import free_memory, is_out_of_memory
 from sana.utils.logging import get_logger
+from sana.utils.oom import free_memory, is_out_of_memory
 
 LEAST_STRIP = 2**26
 """Bytes: below 64 MiB the images that are held whole count for more than a strip does."""

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from sana.models.filling import Finish
 from sana.models.mix_ffn import PointwiseConv
-from sana.runtime.oom import free_memory
-from sana.runtime.stages import stage
 from sana.utils import mapped
+from sana.utils.oom import free_memory
 
 PARTS = ("text_encoder", "transformer", "autoencoder")
 
@@ -67,8 +66,7 @@ def bring(owner: Any, name: str, read: Callable[[str], nn.Module]) -> bool:
     module = getattr(owner, name)
     dropped = is_dropped(module)
     if dropped:
-        with stage(f"reading the {name} again"):
-            module = read(name)
+        module = read(name)
         setattr(owner, name, module)
     if not _is_layered(owner.offload, name):
         module.to(owner.device)

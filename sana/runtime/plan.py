@@ -7,16 +7,19 @@ guidance, decoding. To what they make come the weights that are there meanwhile.
 from __future__ import annotations
 
 import functools
+import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from sana.models import dc_ae_decoder
 from sana.models.autoencoder import Autoencoder
+from sana.models.text_encoder import TextEncoder
 from sana.models.transformer import SanaTransformer
 from sana.runtime import offload
 from sana.runtime.decoding import LEAST_STRIP, TILES
@@ -27,12 +30,16 @@ PROMPT_TOKENS = 75
 """Of a prompt, at most, that a plan counts with; longer ones take little more."""
 
 READING_BYTES = 2**27
-"""What reading weights takes beside them: pages of their file, and one layer in another form."""
+"""What reading weights takes beside them: pages of their file (`sana.models.filling.BYTES_AT_ONCE`), and as much for one layer in
+another form."""
 
 GPU_CONTEXT = 2**29
 """About what a GPU's libraries take before anything is loaded."""
 
 STRIPS = (None, 2**30, 2**29, 2**28, 2**27, LEAST_STRIP)
+"""Bytes of a strip in decoding, tried one after the other; None leaves it to the autoencoder (2 GiB on a CPU)."""
+
+_MEMINFO, _STATM, _CGROUP = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,22 @@ class Outline:
             "autoencoder": self.autoencoder,
         }
 
+    @classmethod
+    def of(cls, transformer: SanaTransformer, autoencoder: Autoencoder, text_encoder: TextEncoder) -> Outline:
+        """That of networks that are there, in whatever form."""
+        with torch.device("meta"):
+            empty = type(transformer)(transformer.config).to(transformer.dtype).eval()
+            decoder = Autoencoder(type(autoencoder.model).from_config(autoencoder.model.config))
+            language = AutoModel.from_config(text_encoder.model.config).to(text_encoder.model.dtype).eval()
+        return cls(
+            transformer=for_counting(empty),
+            autoencoder=decoder.to(autoencoder.dtype),
+            text_encoder=language,
+            stored=text_encoder.model.dtype,
+            instruction=len(text_encoder.tokenizer(text_encoder.chi).input_ids) if text_encoder.chi else 0,
+            max_length=text_encoder.max_length,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -64,6 +87,8 @@ class Setting:
 
     size: tuple[int, int]
     """(height, width) that is drawn."""
+    enlarged: tuple[int, int] | None = None
+    """(height, width) of the picture, if it is larger."""
     batch: int = 1
     """Images at once."""
     device: str = "cpu"
@@ -76,6 +101,8 @@ class Setting:
 
     def __str__(self) -> str:
         words = [f"{self.size[0]} x {self.size[1]}", f"{self.batch} at once", f"offload {self.offload}"]
+        if self.enlarged is not None:
+            words.insert(1, f"enlarged to {self.enlarged[0]} x {self.enlarged[1]}")
         words += [f"{part} {kind}" for part, kind in self.quantize.items()]
         if self.max_bytes is not None:
             words.append(f"decoding in strips of {self.max_bytes / 2**20:.0f} MiB")
@@ -112,8 +139,8 @@ class Plan:
         )
 
 
-def make_plan(outline: Outline, setting: Setting) -> Plan:
-    """What drawing with these networks and this setting takes."""
+def make_plan(outline: Outline, setting: Setting, *, reading: int = READING_BYTES) -> Plan:
+    """What drawing with these networks and this setting takes; `reading` is 0 where they were read before."""
     weights = {name: _weights(name, outline, setting) for name in offload.PARTS}
     passing = {
         "text_encoder": _encoding(outline, setting),
@@ -126,8 +153,8 @@ def make_plan(outline: Outline, setting: Setting) -> Plan:
         gone = offload.others(setting.offload, name)
         there = sum(size for other, size in weights.items() if other not in gone)
         if setting.offload == "sequential" and name in offload.LAYERED:
-            there = _layer_bytes(outline.parts()[name])
-        stages[title] = (there, max(passing[name], READING_BYTES))
+            there = _layer_bytes(outline.parts()[name], setting.device)
+        stages[title] = (there, max(passing[name], reading))
     return Plan(setting=setting, stages=stages)
 
 
@@ -162,18 +189,17 @@ def _candidates(setting: Setting, modes: tuple[str, ...]) -> Iterator[Setting]:
     while batches[-1] > 1:
         batches.append(batches[-1] // 2)
     strips = STRIPS if setting.max_bytes is None else (setting.max_bytes,)
-    tiles = [tile for tile in TILES if tile < max(setting.size)] if setting.tile is None else [setting.tile]
-    order = [("none", batches[:1]), ("text", batches), ("model", batches)]
-    allowed = [(mode, counts) for mode, counts in order if not modes or mode in modes]
-    for mode, counts in allowed:
-        for batch in counts:
-            for max_bytes in strips:
-                yield replace(setting, offload=mode, batch=batch, max_bytes=max_bytes)
-    last = allowed[-1][0] if allowed else "sequential"
-    for tile in tiles:
-        yield replace(setting, offload=last, batch=1, max_bytes=LEAST_STRIP, tile=tile)
-    if not setting.quantize and (not modes or "sequential" in modes):
-        yield replace(setting, offload="sequential", batch=1, max_bytes=LEAST_STRIP)
+    exact = [replace(setting, max_bytes=max_bytes) for max_bytes in strips]
+    sides = [tile for tile in TILES if tile < max(setting.size)] if setting.tile is None else []
+    tiled = [replace(setting, batch=1, max_bytes=LEAST_STRIP, tile=tile) for tile in sides]
+    for group in (("none", "text", "model"), () if setting.quantize else ("sequential",)):
+        allowed = [mode for mode in group if not modes or mode in modes]
+        for mode in allowed:
+            # Without the text encoder, which rests meanwhile in the other modes, images at once cost nothing.
+            whole = mode == "none" and "text" in allowed
+            for batch in batches[:1] if whole else batches:
+                yield from (replace(way, offload=mode, batch=batch) for way in exact)
+        yield from (replace(way, offload=allowed[-1]) for way in tiled if allowed)
 
 
 def _nearest(outline: Outline, setting: Setting, limit: int, modes: tuple[str, ...]) -> Setting | None:
@@ -185,7 +211,7 @@ def _nearest(outline: Outline, setting: Setting, limit: int, modes: tuple[str, .
         if max(size) < 256 and scale < 1:
             return None
         for kinds in (setting.quantize, int8):
-            for candidate in _candidates(replace(setting, size=size, quantize=kinds), modes):
+            for candidate in _candidates(replace(setting, size=size, enlarged=None, quantize=kinds), modes):
                 if make_plan(outline, candidate).peak <= limit:
                     return candidate
     return None
@@ -203,10 +229,18 @@ def _weights(name: str, outline: Outline, setting: Setting) -> int:
     return total
 
 
-def _layer_bytes(module: nn.Module) -> int:
+def _layer_bytes(module: nn.Module, device: str) -> int:
     """All but the layers that come and go, and the largest of these."""
-    layers = [weight.nbytes for weight in module.parameters() if weight.ndim > 1]
-    return sum(value.nbytes for value in module.parameters()) - sum(layers) + max(layers)
+    kinds = (
+        (nn.Embedding,) if device == "cpu" else ()
+    )  # of which only the rows of a prompt's tokens are read there
+    sizes = [
+        (weight.ndim > 1, weight.nbytes)
+        for part in module.modules()
+        if not isinstance(part, kinds)
+        for weight in part.parameters(recurse=False)
+    ]
+    return sum(size for is_layer, size in sizes if not is_layer) + max(size for _, size in sizes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -300,26 +334,35 @@ def _decode_peak(
 
 def _decoding(outline: Outline, setting: Setting) -> int:
     latent = tuple(side // outline.autoencoder.downsample for side in setting.size)
-    return _decode_peak(
+    peak = _decode_peak(
         outline.autoencoder, latent, setting.batch, setting.device, setting.max_bytes, setting.tile
     )
+    if setting.enlarged is None:
+        return peak
+    height, width = setting.enlarged  # in float32, and two more such on the way to 8 bits
+    return max(peak, setting.batch * 3 * (3 * 4 + 1) * height * width)
 
 
 def available(device: torch.device) -> int:
     """Bytes that can still be had on a device, the limit of a container included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    info = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    if not _MEMINFO.is_file():  # no Linux: all that the machine has
+        return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    info = dict(line.split(":") for line in _MEMINFO.read_text(encoding="ascii").splitlines())
     free = int(info["MemAvailable"].split()[0]) * 1024
-    most, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    most, used, parts = (_CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
     if most.is_file() and (text := most.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(text) - int(used.read_text(encoding="ascii")))
+        kept = dict(line.split() for line in parts.read_text(encoding="ascii").splitlines())
+        # What was read of files counts as used, but is given up when memory is wanted.
+        cache = int(kept["active_file"]) + int(kept["inactive_file"])
+        free = min(free, int(text) - int(used.read_text(encoding="ascii")) + cache)
     return free
 
 
 def held() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
+    """Bytes of this process in memory; 0 where the system does not say."""
+    return int(_STATM.read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE if _STATM.is_file() else 0
 
 
 def for_counting(transformer: SanaTransformer) -> SanaTransformer:

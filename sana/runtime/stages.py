@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sana.models.text_encoder import TextFeatures
-from sana.runtime.oom import free_memory, is_out_of_memory
+from sana.utils.oom import free_memory, is_out_of_memory
 
 
 class NonFiniteError(ArithmeticError):
@@ -56,7 +56,9 @@ def stage(what: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0][:200]
     free_memory()  # the exception is gone, and with it the tensors that its traceback held
-    raise MemoryError(f"out of memory while {what}: fewer images at once, or --offload, take less ({reason})")
+    raise MemoryError(
+        f"out of memory while {what}: fewer images at once, --offload or --quantize take less ({reason})"
+    )
 
 
 def require_finite(what: str, values: Tensor, hint: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Hashable
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 
 from sana.models.caches import StepCache, TextCache, TimeCache
 from sana.models.transformer import SanaTransformer
+
+FORMS = 3
+"""Of the batches of one run: both branches of guidance, the prompts alone, and with perturbed blocks. Each keeps two tensors
+of tokens and a text; those of earlier sizes go."""
 
 
 class StepCachedTransformer:
@@ -22,7 +27,7 @@ class StepCachedTransformer:
             raise ValueError(f"the threshold of the step cache must be above 0, got {threshold}")
         self.transformer, self.threshold = transformer, threshold
         self.encode_text, self.encode_time = transformer.encode_text, transformer.encode_time
-        self._caches: dict[Hashable, tuple[TextCache, StepCache]] = {}
+        self._caches: OrderedDict[Hashable, tuple[TextCache, StepCache]] = OrderedDict()
 
     @property
     def reused(self) -> int:
@@ -43,9 +48,11 @@ class StepCachedTransformer:
         settings: dict[str, Any] = {"text_cache": text_cache, "perturbed_blocks": perturbed_blocks}
         if text_cache is not None:
             form = (latents.shape, tuple(sorted(perturbed_blocks)))
-            text, cache = self._caches.get(form, (None, None))
+            text, cache = self._caches.pop(form, (None, None))
             if text is not text_cache:
                 cache = StepCache(self.threshold)
-                self._caches[form] = (text_cache, cache)
+            self._caches[form] = (text_cache, cache)  # the latest
+            if len(self._caches) > FORMS:
+                self._caches.popitem(last=False)
             settings["step_cache"] = cache
         return self.transformer(latents, timestep, text_embeds, text_mask, **settings)

@@ -18,9 +18,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from sana.runtime.oom import free_memory
 from sana.runtime.stages import PromptFeatures
 from sana.utils.logging import get_logger
+from sana.utils.oom import free_memory
 
 logger = get_logger(__name__)
 
@@ -90,6 +90,7 @@ def stream(
     decode: Callable[[Sequence[Any], Tensor], list[Image]],
     callback: Callable[[int, int, Tensor, Tensor], None],
     device: torch.device,
+    folder: Path,
 ) -> Iterator[Drawn]:
     """All tasks, batch by batch.
 
@@ -100,15 +101,21 @@ def stream(
         decode: called with a batch and its latents.
         callback: see `sana.diffusion.solvers.Callback`.
         device: of the features.
+        folder: where features wait on the disk, in a folder that is removed; the system's own for such things may be memory.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, f"{number}.pt") for number in range(len(batches))]
-        if encode is not None:
-            for batch, file in zip(batches, files, strict=True):
-                try:
-                    encode(batch).save(file)
-                except MemoryError as error:
-                    logger.warning("%s", error)  # again when the batch's turn comes, one by one in the end
+    if encode is None:
+        for batch in batches:
+            yield from _safely(batch, None, draw, decode, callback)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".prompts-", dir=folder) as waiting:
+        files = [Path(waiting, f"{number}.pt") for number in range(len(batches))]
+        for batch, file in zip(batches, files, strict=True):
+            try:
+                encode(batch).save(file)
+            except (MemoryError, OSError) as error:
+                logger.warning("%s", error)  # again when the batch's turn comes, one by one in the end
+                file.unlink(missing_ok=True)
         for batch, file in zip(batches, files, strict=True):
             features = PromptFeatures.load(file, device) if file.exists() else None
             file.unlink(missing_ok=True)
@@ -132,12 +139,10 @@ def _safely(
 
     try:
         latents = draw(batch, features=features, callback=watch)
-        pictures = decode(batch, latents)
     except (ArithmeticError, MemoryError) as error:
         reason = str(error)
     else:
-        for row, (task, picture) in enumerate(zip(batch, pictures, strict=True)):
-            yield Drawn(task=task, picture=picture, latents=latents[row : row + 1])
+        yield from _decoded(batch, latents, decode)
         return
     if len(batch) == 1:
         yield Drawn(task=batch[0], picture=None, latents=latents, error=reason)
@@ -147,3 +152,19 @@ def _safely(
     logger.warning("%d images at once failed, now one by one: %s", len(batch), reason)
     for row, task in enumerate(batch):
         yield from _safely([task], features and features.row(row), draw, decode, callback)
+
+
+def _decoded(
+    batch: Sequence[Any], latents: Tensor, decode: Callable[[Sequence[Any], Tensor], list[Image]]
+) -> Iterator[Drawn]:
+    """The pictures of a batch; what was drawn stays where they cannot be had."""
+    try:
+        pictures, reason = decode(batch, latents), ""
+    except (ArithmeticError, MemoryError) as error:
+        pictures, reason = [None] * len(batch), str(error)
+    for row, (task, picture) in enumerate(zip(batch, pictures, strict=True)):
+        own = latents[row : row + 1]
+        if picture is None and len(batch) > 1:  # another of them may be at fault
+            yield from _decoded([task], own, decode)
+        else:
+            yield Drawn(task=task, picture=picture, latents=own, error=reason)

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sana import generation
-from sana.runtime.oom import is_out_of_memory
 from sana.serving.counters import Counters
 from sana.serving.limits import Limits
 from sana.serving.ticket import Closed, Drawn, QueueFull, Ticket
 from sana.utils.logging import get_logger
+from sana.utils.oom import is_out_of_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,52 +7,45 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sana.runtime.memory import GIB, peak_of, tensor_bytes
+from sana.runtime.memory import GIB
+from sana.runtime.plan import READING_BYTES, Outline, Setting, make_plan
 
 if TYPE_CHECKING:
     from sana.pipeline import SanaPipeline
 
 
+@torch.no_grad()
 def plan_line(pipeline: SanaPipeline, size: tuple[int, int], batch: int) -> str:
-    """What drawing `batch` images of `size` (height, width) at once takes: weights, then the most of the two stages.
+    """What drawing `batch` images of `size` (height, width) at once takes: the most of weights, then of each stage.
 
-    The stages are walked through on the device "meta", so the figure is that of their tensors; what a device adds is not
-    in it. The text encoder's own tensors are small beside them, and are left out; decoding is that of whole pictures, not of
-    tiles. Under offloading the largest network counts.
+    It is the plan of `sana.runtime.plan`: what a device adds is not in it.
     """
-    modules = (pipeline.transformer, pipeline.autoencoder, pipeline.text_encoder.model)
-    sizes = [tensor_bytes([*module.parameters(), *module.buffers()]) for module in modules]
-    weights = sum(sizes) if pipeline.offload == "none" else max(sizes)
-    denoising, decoding = _peaks(pipeline, pipeline.sizes(*size, binning=True)[1], batch)
-    total = weights + max(denoising, decoding)
+    setting = Setting(
+        size=pipeline.sizes(*size, binning=True)[1],
+        batch=batch,
+        device=pipeline.device.type,
+        quantize=pipeline.quantize,
+        offload=pipeline.offload,
+        max_bytes=pipeline.decode_bytes,
+        tile=pipeline.decode_tile,
+    )
+    reading = 0 if pipeline.offload == "none" else READING_BYTES
+    plan = make_plan(_outline(pipeline), setting, reading=reading)
+    weights = max(there for there, _ in plan.stages.values())
+    stages = ", ".join(f"{stage} {passing / GIB:.2f}" for stage, (_, passing) in plan.stages.items())
     line = (
-        f"about {total / GIB:.2f} GiB for {batch} of {size[1]} x {size[0]}: weights {weights / GIB:.2f}, "
-        f"and for drawing {denoising / GIB:.2f}, then decoding {decoding / GIB:.2f}"
+        f"about {plan.peak / GIB:.2f} GiB for {batch} of {size[1]} x {size[0]}: weights {weights / GIB:.2f}, "
+        f"and for {stages}"
     )
     if pipeline.device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(pipeline.device)
         left = free + torch.cuda.memory_reserved(pipeline.device)
         line += f"; the GPU has {whole / GIB:.0f}"
-        if total > left:
+        if plan.peak > left:
             line += f", of which {left / GIB:.2f} are ours or free: **it will probably not fit**"
     return line
 
 
-@functools.lru_cache(maxsize=64)
-def _peaks(pipeline: SanaPipeline, size: tuple[int, int], batch: int) -> tuple[int, int]:
-    """Most bytes alive in one evaluation of the transformer with guidance, and in decoding."""
-    with torch.device("meta"):
-        transformer = type(pipeline.transformer)(pipeline.transformer.config).to(pipeline.dtype).eval()
-        decoder = pipeline.autoencoder.model.from_config(pipeline.autoencoder.model.config)
-        decoder = torch.nn.Module.to(
-            decoder, pipeline.autoencoder.dtype
-        ).eval()  # diffusers' own writes a line
-        config = transformer.config
-        height, width = (side // pipeline.autoencoder.downsample for side in size)
-        latents = torch.empty(batch, config.in_channels, height, width)
-        text = torch.empty(2 * batch, config.model_max_length, config.caption_channels, dtype=pipeline.dtype)
-        time = torch.empty(2 * batch)
-        mask = torch.empty(2 * batch, config.model_max_length, dtype=torch.long)
-        denoising = peak_of(lambda: transformer(torch.cat([latents, latents]), time, text, mask))
-        decoding = peak_of(lambda: decoder.decode(latents.to(pipeline.autoencoder.dtype)))
-    return denoising, decoding
+@functools.lru_cache(maxsize=4)
+def _outline(pipeline: SanaPipeline) -> Outline:
+    return Outline.of(pipeline.transformer, pipeline.autoencoder, pipeline.text_encoder)

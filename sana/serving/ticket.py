@@ -9,7 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sana.generation import Settings, Task, png_text
+from sana.generation import Settings, Task
+from sana.runtime.keeping import png_text
 from sana.utils.images import encode_png
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Ticket:
     def png(self, drawn: Drawn) -> bytes:
         """The file of one of its images, which says what it takes to draw it again."""
         assert drawn.picture is not None, "a picture that was withheld is not given out"
-        return encode_png(drawn.picture, png_text(drawn.task, self.record))
+        return encode_png(drawn.picture, png_text(drawn.task.row() | {"settings": self.record}))
 
     def cancel(self) -> None:
         """Nobody wants it any more. Others of its batch go on; a batch of which all are cancelled stops."""

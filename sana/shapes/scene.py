@@ -14,13 +14,8 @@ from sana.shapes.palette import BACKGROUNDS, COLOURS
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 SIZES = {"small": 0.12, "large": 0.19}  # radius of the circumscribed circle
-RELATIONS = {
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}  # direction in the image
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+"""Relation -> its mirror image."""
 
 _LATTICE = 16  # centres lie on multiples of 1/16: at 256 pixels, half the side of a latent
 _MARGIN = 0.025  # from the image border
@@ -104,12 +99,11 @@ def _place(rng: random.Random, kind: Group, others: list[Object], relation: str 
 
 def sample_scene(rng: random.Random, *, allowed: Callable[[Scene], bool] = lambda scene: True) -> Scene:
     """Draw a scene: one object, two to four alike, a pair in a relation, or a few alike and another; redrawn until `allowed`."""
-    kind = rng.choices(list(_KINDS), weights=list(_KINDS.values()))[
-        0
-    ]  # kept on a redraw, or hard kinds would be rare
+    # Kept on a redraw, or hard kinds would be rare.
+    kind = rng.choices(list(_KINDS), weights=list(_KINDS.values()))[0]
     while True:
         groups = _sample_groups(rng, kind)
-        relation = rng.choice(list(RELATIONS)) if kind == "pair" else None
+        relation = rng.choice(list(OPPOSITE)) if kind == "pair" else None
         scene = compose(rng, groups, rng.choice(list(BACKGROUNDS)), relation)
         if scene is not None and allowed(scene):
             return scene

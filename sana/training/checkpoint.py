@@ -37,7 +37,7 @@ from sana.config import SanaConfig, dump_config
 from sana.models.key_names import IGNORED, NULL_CAPTION
 from sana.models.state_dict import AVERAGED_FILE
 from sana.training.lora import header
-from sana.utils.logging import get_logger
+from sana.utils.logging import first_line, get_logger
 
 log = get_logger(__name__)
 
@@ -315,18 +315,13 @@ def _read_pth(path: Path) -> TrainingState:
     Its generators' states are left aside: nothing here draws from them.
     """
     build = np._core.multiarray._reconstruct  # of what the state of NumPy's generator in it is made
-    arrays = [
-        build,
-        (build, "numpy.core.multiarray._reconstruct"),
-        np.ndarray,
-        np.dtype,
-        np.dtypes.UInt32DType,
-    ]
+    named = (build, "numpy.core.multiarray._reconstruct")
+    arrays = [build, named, np.ndarray, np.dtype, np.dtypes.UInt32DType]
     try:
         with torch.serialization.safe_globals(arrays):
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
     except Exception as error:  # noqa: BLE001 torch raises many kinds for a broken file
-        raise ValueError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
     missing = {"state_dict", "optimizer"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(

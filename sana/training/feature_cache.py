@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from sana.config import ConfigError, SanaConfig
 from sana.data import cache
@@ -28,12 +27,12 @@ from sana.data.pictures import Encodable, Pictures
 from sana.models.text_encoder import HUB_NAMES
 from sana.training.extraction import Extraction, Processes, stream
 from sana.training.heldout import data_sets
+from sana.training.parallel import together
 from sana.utils import hub
 from sana.utils.files import write_atomic
 from sana.utils.logging import get_logger
 
 log = get_logger(__name__)
-T = TypeVar("T")
 
 UNIT = 1000
 """Samples, or captions, that a process does at once."""
@@ -99,10 +98,12 @@ class _Opening:
     def open(self, *, renew: bool, check: bool, mend: bool) -> FeatureCache:
         """As `open_cache`."""
         if mend:
-            self._together(self._drop_broken_index)
+            together(self.processes, self._drop_broken_index)
         if not self.with_texts:
             log.info("captions are new in each epoch: they are encoded in training, and pictures kept alone")
-        self.before, self.about, differences, suspects = self._together(lambda: self._compare(check))
+        self.before, self.about, differences, suspects = together(
+            self.processes, lambda: self._compare(check)
+        )
         for name in suspects:
             differences |= self._contents(name)
         if differences and not renew:
@@ -110,7 +111,7 @@ class _Opening:
             raise StaleCache(
                 f"train.feature_cache_dir: {self.folder} is stale: {listed}; {cache.how_to_renew()}"
             )
-        if self._together(lambda: self._begin(differences, renew=renew, mend=mend)):
+        if together(self.processes, lambda: self._begin(differences, renew=renew, mend=mend)):
             stored, unit = self.about["facts"]["stored as"], self.about["unit"]
             settings = {"folder": self.folder, "unit": unit, "dtype": stored, "texts": self.with_texts}
             Extraction(self.config, self.sets, self.processes, **settings).run()
@@ -118,19 +119,6 @@ class _Opening:
         for path in found.broken() if self.processes.is_main_process else ():
             log.warning("%s is broken: its features are missing; scripts/extract_features.py mends it", path)
         return found
-
-    def _together(self, function: Callable[[], T]) -> T:
-        """What `function` gives or raises in the main process, in all of them."""
-        outcome: list[Any] = [None, None]
-        if self.processes.is_main_process:
-            try:
-                outcome[0] = function()
-            except ValueError as error:
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
     def _compare(self, check: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, str], list[str]]:
         """(what the cache says it is, what it should be, fact -> how they differ, the sets whose files must be read)."""

@@ -24,7 +24,7 @@ from sana.data.shapes import ShapesDataset
 from sana.diffusion import flow
 from sana.models.text_encoder import TextFeatures
 from sana.training.features import padded
-from sana.utils.logging import get_logger
+from sana.utils.logging import first_line, get_logger
 from sana.utils.seeding import generator
 
 log = get_logger(__name__)
@@ -168,8 +168,7 @@ class HeldOutLoss:
                     sums[0].index_add_(0, bins, losses)
                     sums[1].index_add_(0, bins, torch.ones_like(losses))
         except Exception as error:  # noqa: BLE001 a measurement is not worth a run; the others wait for these sums
-            first = (str(error).strip() or "no message").splitlines()[0]
-            log.warning("no held-out loss: %s: %s", type(error).__name__, first)
+            log.warning("no held-out loss: %s: %s", type(error).__name__, first_line(error))
             sums.fill_(float("nan"))
         finally:
             model.train(was_training)

@@ -33,9 +33,7 @@ ATTENTION = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_line
 
 _FACTOR = ".lora_"  # in the names of all factors, and in no other
 _ADAPTER = "default"  # peft's name of the only one
-_SETTINGS = (
-    "lora_adapter_metadata"  # in a file's header, as diffusers writes and reads it: JSON of peft's settings
-)
+_SETTINGS = "lora_adapter_metadata"  # in a file's header, as of diffusers: JSON of peft's settings
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,8 @@ def save_lora(model: SanaTransformer, path: Path) -> Path:
         kernel, rank = layer.get_base_layer().weight.shape[2:], len(down)
         down = down.view(rank, -1, *kernel)
         up = up.view(-1, rank, *(1 for _ in kernel))
-        parts = to_diffusers(
-            {f"{name}.weight": up}, sprint=model.config.cfg_embed
-        )  # a fused matrix is taken apart
-        for key, rows in parts.items():
+        parts = to_diffusers({f"{name}.weight": up}, sprint=model.config.cfg_embed)
+        for key, rows in parts.items():  # more than one of a fused matrix
             module = key.removesuffix(".weight")
             modules.append(module)
             tensors[f"transformer.{module}.lora_A.weight"] = down.clone()

@@ -16,7 +16,7 @@ from sana.pipeline import SanaPipeline
 from sana.training.features import load_autoencoder
 from sana.training.tracker import Tracker
 from sana.utils import distributed
-from sana.utils.logging import get_logger
+from sana.utils.logging import first_line, get_logger
 
 log = get_logger(__name__)
 
@@ -61,8 +61,7 @@ class OnlineMetric:
             if not outcome.failures:
                 shutil.rmtree(folder)
         except Exception as error:  # noqa: BLE001 numbers are not worth a run, whatever went wrong
-            first = (str(error).strip() or "no message").splitlines()[0]
-            log.warning("no online metric at step %d: %s: %s", step, type(error).__name__, first)
+            log.warning("no online metric at step %d: %s: %s", step, type(error).__name__, first_line(error))
         finally:
             transformer.train(was_training)
             if torch.cuda.is_available():

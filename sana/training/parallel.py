@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor, nn
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,6 +21,7 @@ from sana.models.transformer import SanaTransformer
 from sana.utils.logging import get_logger
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 
 def build_accelerator(config: SanaConfig) -> Accelerator:
@@ -29,9 +32,8 @@ def build_accelerator(config: SanaConfig) -> Accelerator:
     """
     # DDP says it of depthwise kernels (C, 1, 3, 3), whose axis of length 1 has two correct strides.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    warnings.filterwarnings(
-        "ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset"
-    )  # accelerate shares the cores out
+    # accelerate shares the cores out.
+    warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")
     precision = {"fp16": "fp16", "bf16": "bf16", "fp32": "no"}[config.model.mixed_precision]
     if precision == "fp16" and not torch.cuda.is_available():
         log.warning("model.mixed_precision fp16 needs a GPU: training in bf16 instead")
@@ -56,6 +58,20 @@ def build_accelerator(config: SanaConfig) -> Accelerator:
     return accelerator
 
 
+def together(processes: Accelerator | PartialState, function: Callable[[], T]) -> T:
+    """What `function` gives in the main process, or the ValueError that it raises there, in all of them."""
+    outcome: list[Any] = [None, None]
+    if processes.is_main_process:
+        try:
+            outcome[0] = function()
+        except ValueError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
 def shard(transformer: SanaTransformer) -> None:
     """Shard the parameters over all processes, block by block, in place.
 
@@ -67,11 +83,6 @@ def shard(transformer: SanaTransformer) -> None:
     for block in transformer.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(transformer, mesh=mesh)
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict on the CPU, gathered if it is sharded: then every process must call it."""
-    return {name: gathered(value).cpu() for name, value in model.state_dict().items()}
 
 
 def gathered(value: Tensor) -> Tensor:

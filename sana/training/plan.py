@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from sana.config import SanaConfig, transformer_overrides
 from sana.data.order import Order
 from sana.diffusion import flow
-from sana.models.autoencoder import NATIVE_WEIGHTS, Autoencoder
+from sana.models.autoencoder import NATIVE_WEIGHTS, PUBLISHED, Autoencoder
 from sana.models.checkpoints import AUTOENCODERS
 from sana.models.transformer import SanaTransformer
 from sana.models.zoo import build_transformer
@@ -27,18 +26,6 @@ from sana.training.lora import LoraSettings, add_lora
 from sana.training.optim import SHARDABLE, build_optimizer
 from sana.utils import hub
 
-# The published DC-AE 1.0 and 1.1: what differs from diffusers' defaults.
-_DC_AE: dict[str, Any] = {
-    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
-    "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
-    "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
-    "downsample_block_type": "Conv",
-    "upsample_block_type": "interpolate",
-    "decoder_conv_act_fn": "relu",
-}
 _GEMMA_2_2B = ("gemma-2-2b", "gemma-2-2b-it")  # transformers' defaults of Gemma2Config are this model
 _CHARACTERS_A_TOKEN = 4  # about, of an English instruction
 
@@ -155,9 +142,8 @@ class _Computing:
                 if value.requires_grad:
                     value.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[config.model.mixed_precision]
-        side = (
-            config.model.image_size // config.vae.vae_downsample_rate
-        )  # no bucket has more pixels than the square
+        # No bucket has more pixels than the square.
+        side = config.model.image_size // config.vae.vae_downsample_rate
         batch, length = train.train_batch_size, config.text_encoder.model_max_length
         saved = 0
         with Allocations() as made, torch.device("meta"):
@@ -249,18 +235,15 @@ def _autoencoder(config: SanaConfig) -> Part:
     folder = _local(name)
     with torch.device("meta"):
         if folder is not None and not (folder / NATIVE_WEIGHTS).is_file():
-            model = AutoencoderDC.from_config(AutoencoderDC.load_config(folder))
+            encoder = Autoencoder(AutoencoderDC.from_config(AutoencoderDC.load_config(folder)))
         elif name in AUTOENCODERS and "lite" not in name:
-            model = AutoencoderDC(**_DC_AE)
+            encoder = Autoencoder.from_config(PUBLISHED)
         else:
-            return Component(
-                name=f"autoencoder {name}",
-            ), None
+            return Component(name=f"autoencoder {name}"), None
     count = config.train.train_batch_size
-    encoder = Autoencoder(model)
     peak = peak_of(lambda: encode_pictures(encoder, torch.empty(count, 3, side, side, device="meta")))
     note = f"{count} x {side} x {side} pixels, {max(1, PIXELS_AT_ONCE // side**2)} pictures at a time"
-    return _weights("autoencoder", model), Component(name="pictures to latents", bytes=peak, note=note)
+    return _weights("autoencoder", encoder), Component(name="pictures to latents", bytes=peak, note=note)
 
 
 def _text_encoder(config: SanaConfig) -> Part:
@@ -274,9 +257,7 @@ def _text_encoder(config: SanaConfig) -> Part:
     elif name in _GEMMA_2_2B or Path(name).name in _GEMMA_2_2B:
         architecture = Gemma2Config()
     else:
-        return Component(
-            name=f"text encoder {name}",
-        ), None
+        return Component(name=f"text encoder {name}"), None
     with torch.device("meta"):
         model = AutoModel.from_config(architecture, dtype=torch.bfloat16)
     count, length = config.train.train_batch_size, settings.model_max_length

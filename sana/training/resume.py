@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from sana.config import SanaConfig
@@ -16,6 +16,7 @@ from sana.training.checkpoint import TrainingState, find_checkpoint, read_checkp
 from sana.training.ema import EMA
 from sana.training.lora import LoraSettings, add_lora, load_trained, trained_state
 from sana.training.optim import optimizer_state, restore_optimizer
+from sana.training.parallel import together
 from sana.training.rng import rng_state, set_rng_state
 from sana.utils import hub
 from sana.utils.logging import get_logger
@@ -50,16 +51,8 @@ class Resume:
             self._optimizer = self._of_the_stage_before()
 
     def _choose(self, name: str | None) -> Path | None:
-        found: list[Any] = [None, None]
-        if name and self.accelerator.is_main_process:
-            try:
-                found[0] = find_checkpoint(name, Path(self.config.work_dir) / "checkpoints")
-            except ValueError as error:
-                found[1] = str(error)
-        broadcast_object_list(found)
-        if found[1]:
-            raise ValueError(found[1])
-        return found[0]
+        folder = Path(self.config.work_dir) / "checkpoints"
+        return together(self.accelerator, lambda: find_checkpoint(name, folder)) if name else None
 
     def _of_the_stage_before(self) -> dict[str, dict[str, Any]]:
         """Optimizer state, and position of the schedule, of the training checkpoint in `model.load_from`, if wanted."""

@@ -47,9 +47,8 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = state["added_tokens"][
-        : len(SPECIAL)
-    ]  # the bytes are ordinary tokens, only reserved as special
+    # The bytes are ordinary tokens, only reserved as special.
+    state["added_tokens"] = state["added_tokens"][: len(SPECIAL)]
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -21,21 +21,17 @@ from sana.models.state_dict import save_transformer
 from sana.models.text_encoder import TextFeatures
 from sana.models.zoo import build_transformer
 from sana.runtime.compile import compile_blocks
+from sana.runtime.heap import keep_freed_memory
 from sana.training.checkpoint import remove_leftovers, retain, write_checkpoint
 from sana.training.ema import EMA
 from sana.training.feature_cache import open_cache
-from sana.training.features import (
-    CachedTextEncoder,
-    encode_pictures,
-    load_autoencoder,
-    padded,
-)
+from sana.training.features import CachedTextEncoder, encode_pictures, load_autoencoder, padded
 from sana.training.heldout import HeldOutLoss, data_sets, hold_out
 from sana.training.lora import FILE_NAME as LORA_FILE
-from sana.training.lora import save_lora
+from sana.training.lora import save_lora, trained_state
 from sana.training.online_metric import OnlineMetric
 from sana.training.optim import Schedule, build_optimizer, lr_factor
-from sana.training.parallel import build_accelerator, gathered, shard, whole_state
+from sana.training.parallel import build_accelerator, gathered, shard
 from sana.training.progress import Progress, forward_flops
 from sana.training.resume import Resume, training_state
 from sana.training.safety import StopRequest, Watchdog, patiently, shielded
@@ -68,6 +64,7 @@ class Trainer:
         self.work_dir = Path(config.work_dir)
         self.accelerator = build_accelerator(config)
         self.device = self.accelerator.device
+        keep_freed_memory(self.device)
         self.batch_size = (
             train.train_batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
         )
@@ -75,9 +72,8 @@ class Trainer:
         stacks = self.work_dir / "logs" / "stacks" / f"rank_{self.accelerator.process_index}.txt"
         self.watchdog = Watchdog(stacks, train.hang_minutes)
 
-        resume = Resume(
-            config, resume_from, self.accelerator
-        )  # what is wrong with it is said before anything loads
+        # What is wrong with it is said before anything loads.
+        resume = Resume(config, resume_from, self.accelerator)
         with self.accelerator.main_process_first():  # the others then find the index that it has written
             sets = data_sets(config)
         self.cache = open_cache(config, sets, self.accelerator) if train.feature_cache_dir else None
@@ -207,9 +203,8 @@ class Trainer:
             seen.append(Seen(batch, t, drop, each, self._flops(latents, text)))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.gradient_clip)
         stats = self._agree(torch.stack(losses).mean(), gathered(norm), lr, seen)
-        if (
-            stats.finite or self.accelerator.scaler is not None
-        ):  # fp16's scaler leaves such steps out by itself
+        # fp16's scaler leaves such steps out by itself.
+        if stats.finite or self.accelerator.scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
         if stats.finite and not self.optimizer.step_was_skipped:
@@ -356,7 +351,7 @@ class Trainer:
         if self.config.train.lora:
             self._write(lambda: save_lora(self._best(), path))
             return
-        state, name = whole_state(self._best()), self.config.model.model
+        state, name = trained_state(self._best()), self.config.model.model
         self._write(lambda: save_transformer(state, path, dtype=torch.float16, name=name))
 
     def _write(self, write: Callable[[], object]) -> bool:

@@ -14,7 +14,7 @@ from sana.pipeline import SanaPipeline
 from sana.training.features import CachedTextEncoder
 from sana.training.tracker import Tracker
 from sana.utils.images import grid, to_pil
-from sana.utils.logging import get_logger
+from sana.utils.logging import first_line, get_logger
 
 log = get_logger(__name__)
 
@@ -38,8 +38,9 @@ class Validation:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 grid(pictures).save(path)
         except Exception as error:  # noqa: BLE001 pictures are not worth a run, whatever went wrong
-            first = (str(error).strip() or "no message").splitlines()[0]
-            log.warning("no validation images at step %d: %s: %s", step, type(error).__name__, first)
+            log.warning(
+                "no validation images at step %d: %s: %s", step, type(error).__name__, first_line(error)
+            )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         finally:

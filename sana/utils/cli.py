@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from sana.utils.logging import hush_imports
+from sana.utils.oom import is_out_of_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,17 +33,23 @@ class Parser(argparse.ArgumentParser):
     def run(self, function: Callable[..., object], *arguments: object) -> None:
         """Call `function`, and leave in one line where the user's input (status 2) or the machine (status 1) is wrong.
 
-        ValueError is for input; ArithmeticError, OSError and MemoryError are not. Anything else is our own mistake and keeps its traceback.
+        ValueError is for input; ArithmeticError, OSError and memory that runs out, in whatever form, are not. Anything else is
+        our own mistake and keeps its traceback.
         """
         hush_imports()
         try:
             function(*arguments)
         except (ValueError, argparse.ArgumentTypeError) as error:
             self.error(" ".join(str(error).split()))
-        except (ArithmeticError, OSError, MemoryError) as error:
-            self.exit(1, f"{self.prog}: error: {' '.join(str(error).split())}\n")
         except KeyboardInterrupt:
             sys.exit(130)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            if is_out_of_memory(error):
+                text = text if text.startswith("out of memory") else f"out of memory: {text}".rstrip(": ")
+            elif not isinstance(error, ArithmeticError | OSError):
+                raise
+            self.exit(1, f"{self.prog}: error: {text}\n")
 
 
 def at_least(lowest: int) -> Callable[[str], int]:

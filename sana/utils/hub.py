@@ -73,16 +73,22 @@ def resolve_model(path: str | Path) -> Path:
     Of the hub, a model's settings and its weights under the usual name are fetched, and no variant of them; with the
     `text_encoder` of a pipeline its tokenizer. All that there is where no weights have a usual name.
     """
+    name, folder = hub_address(path), resolve_settings(path)
+    if name is None or _is_weights(name):
+        return folder
+    return folder if _fetch_weights(name, [f"{_split(name)[1]}/".lstrip("/")]) else _download(name)
+
+
+def resolve_settings(path: str | Path) -> Path:
+    """As `resolve_model`, but of the hub no weights are fetched."""
     name = hub_address(path)
     if name is None or _is_weights(name):
         return resolve(path)
     _, inner = _split(name)
-    place = f"{inner}/".lstrip("/")
-    patterns = [place + pattern for pattern in _SETTINGS]
+    patterns = [f"{inner}/{pattern}".lstrip("/") for pattern in _SETTINGS]
     if Path(inner).name == "text_encoder":
         patterns.append(f"{inner.removesuffix('text_encoder')}tokenizer/*")
-    folder = _snapshot(name, patterns) / inner
-    return folder if _fetch_weights(name, [place]) else _download(name)
+    return _snapshot(name, patterns) / inner
 
 
 def pipeline_folder(path: str | Path) -> Path | None:

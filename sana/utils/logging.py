@@ -39,3 +39,8 @@ def hush_imports() -> None:
     """Let the `NOISY` libraries speak of errors only; before they are imported."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

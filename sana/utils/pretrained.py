@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from sana.utils import hub
+from sana.utils.logging import first_line
+from sana.utils.oom import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +64,9 @@ def load_pretrained(
         with no_loading_bar():
             model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except _NOT_LOADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load {what} from {str(name_or_path)!r}: {reason}") from error
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"cannot load {what} from {str(name_or_path)!r}: {first_line(error)}") from error
     # transformers would go on with random weights.
     if missing := sorted(report["missing_keys"]):
         raise ValueError(

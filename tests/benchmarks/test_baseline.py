@@ -1,5 +1,6 @@
 """Ours and diffusers with our weights: the same function at every stage, of networks whose weights hide nothing."""
 
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from diffusers import AutoencoderDC
 from sana.benchmarks import baseline, comparison
 from sana.benchmarks.comparison import Bench, Work, call, judge, psnr
 from sana.config import load_config
-from sana.models.autoencoder import Autoencoder
+from sana.models.autoencoder import PUBLISHED, Autoencoder
 from sana.models.zoo import build_transformer
 from sana.pipeline import SanaPipeline
 from tests.numerics import assert_close
@@ -34,7 +35,7 @@ def pipeline(config):
     with torch.device("meta"):
         transformer = build_transformer("SanaMS_600M_P1_D28", depth=2, hidden_size=64, num_heads=2)
         narrow = {f"{side}_block_out_channels": (8, 8, 16, 32, 32, 32) for side in ("encoder", "decoder")}
-        autoencoder = Autoencoder(AutoencoderDC(**baseline.DC_AE | narrow, attention_head_dim=8))
+        autoencoder = Autoencoder(AutoencoderDC(**asdict(PUBLISHED) | narrow, attention_head_dim=8))
     with pytest.MonkeyPatch.context() as patch:
         small = {"num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 400}
         small |= {"num_key_value_heads": 1, "head_dim": 16}
@@ -92,7 +93,7 @@ def test_full_size_models_are_those_of_their_names(name, monkeypatch):
     assert sum(value.numel() for value in autoencoder.parameters()) == pytest.approx(312.25e6, rel=1e-4)
 
 
-def wrong(ours, rows):
+def wrong(ours):
     """A pipeline of which one matrix is off by a percent."""
     state = {key: value.clone() for key, value in ours.transformer.state_dict().items()}
     state["blocks.1.mlp.point_conv.conv.weight"] *= 1.01
@@ -114,6 +115,43 @@ def test_a_wrong_implementation_is_refused(pipeline, monkeypatch):
     assert ours["share_of_matmul"] * ours["seconds"] == pytest.approx(
         theirs["share_of_matmul"] * theirs["seconds"]
     )
+
+
+def test_few_of_many_images_are_compared(pipeline, monkeypatch):
+    """A whole batch of large ones may not fit in float32."""
+    compared = []
+    monkeypatch.setattr(comparison, "CHECK_SIZE", 2 * SIZE)
+    monkeypatch.setattr(comparison, "judge", lambda *given: compared.append(given[2].shape) or judge(*given))
+    for batch in (3, 6):
+        row = Bench(pipeline, ["ours"]).measure("denoise", SIZE, batch, 2, repeats=1).figures["ours"]
+        assert row["images_per_second"] == pytest.approx(batch / row["seconds"])
+    assert [shape[0] for shape in compared] == [3, 4]
+
+
+def test_compiled_is_what_a_user_compiles(pipeline, monkeypatch):
+    """On a GPU that means captured steps, which denoising alone takes too."""
+    compiled, calls = [], []
+    monkeypatch.setattr(
+        "sana.pipeline.compile_blocks", lambda transformer, rows: compiled.append(transformer)
+    )
+
+    def wrap(self):
+        def wrapped(*given, **settings):
+            calls.append(len(given[0]))
+            return self.transformer(*given, **settings)
+
+        self._wrapped = wrapped
+
+    monkeypatch.setattr(SanaPipeline, "_wrap_transformer", wrap)
+    ours = baseline.compiled_ours(pipeline)
+    assert compiled == [ours.transformer] and ours.transformer is not pipeline.transformer
+    weights = (part.transformer.x_embedder.proj.weight for part in (ours, pipeline))
+    assert len({weight.data_ptr() for weight in weights}) == 2  # what is packed must not be packed for both
+    work = Work.of(pipeline, SIZE, 2, STEPS)
+    found = call(ours, work, "denoise")()
+    assert calls == [4] * STEPS
+    assert_close("denoise", found, call(pipeline, work, "denoise")(), rel_rms=1e-6)
+    assert ours.text_encoder is pipeline.text_encoder
 
 
 def test_half_types_may_round_twice_as_much_as_diffusers():

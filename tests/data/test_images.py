@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sana.data.buckets import Frame, load_picture
-from sana.data.image_folder import ImageFolder, load_square
+from sana.data.image_folder import ImageFolder
 from sana.data.pictures import Reading
 from sana.data.shapes import ShapesDataset
 from sana.resolution import TABLES
@@ -37,15 +37,15 @@ def test_crop_is_central_and_range_is_unit(tmp_path):
     pixels = np.zeros((64, 128, 3), np.uint8)
     pixels[:, 32:96] = 255  # the middle square
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    image = load_square(tmp_path / "wide.png", 64)
+    image = load_picture(tmp_path / "wide.png", (64, 64))
     assert image.min() == image.max() == 1.0
 
 
 def test_other_modes_become_rgb(tmp_path):
     Image.new("RGBA", (40, 40), (0, 255, 0, 128)).save(tmp_path / "alpha.png")
     Image.new("L", (40, 40), 128).save(tmp_path / "gray.png")
-    assert load_square(tmp_path / "alpha.png", 32).shape == (3, 32, 32)
-    assert load_square(tmp_path / "gray.png", 32).shape == (3, 32, 32)
+    assert load_picture(tmp_path / "alpha.png", (32, 32)).shape == (3, 32, 32)
+    assert load_picture(tmp_path / "gray.png", (32, 32)).shape == (3, 32, 32)
 
 
 def test_broken_pictures_and_missing_captions_are_named(tmp_path):

@@ -15,7 +15,8 @@ from PIL import Image
 
 from sana.evaluation import shapes_benchmark
 from sana.generation import Settings
-from sana.metrics.geneval import TAGS, GenEvalPrompt, load_prompts, sample_path, table
+from sana.metrics.geneval import TAGS, GenEvalPrompt, load_prompts, sample_stem, table
+from sana.metrics.geneval_folder import read_pixels
 from sana.resolution import TABLES
 from sana.shapes.benchmark import PROMPTS_FILE, benchmark_prompts
 from sana.shapes.render import render
@@ -33,7 +34,9 @@ class FlawlessPipeline:
         self.config = SimpleNamespace(
             model=SimpleNamespace(model="flawless", image_size=256),
             scheduler=SimpleNamespace(vis_sampler="flow_dpm-solver"),
+            vae=SimpleNamespace(vae_pretrained="none"),
         )
+        self.autoencoder = SimpleNamespace(dtype=torch.float32)
         self.buckets = TABLES["ASPECT_RATIO_256"]
         self.weights, self.weights_sha256, self.loras = None, "0" * 64, ()
         self.quantize, self.offload, self.device = {}, "none", torch.device("cpu")
@@ -126,7 +129,7 @@ def test_geneval_folders_are_scored_too(drawn, prompts, tmp_path):
     for path, prompt in shapes_benchmark.find_images(folder, prompts):
         index = list(prompts.values()).index(prompt)
         with Image.open(path) as image:
-            save_png(image, sample_path(tmp_path, prompt_index=index, sample_index=seen[prompt]))
+            save_png(image, tmp_path / f"{sample_stem(index, seen[prompt])}.png")
         seen[prompt] += 1
         (tmp_path / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(prompt.to_record()) + "\n")
     records = shapes_benchmark.score(shapes_benchmark.find_images(tmp_path, prompts))
@@ -141,7 +144,7 @@ def test_rotation_in_the_file_is_applied(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     image.save(tmp_path / "turned.png", exif=exif)
-    pixels = shapes_benchmark.read_image(tmp_path / "turned.png")
+    pixels = read_pixels(tmp_path / "turned.png")
     assert pixels.shape == (4, 2, 3)
     assert pixels[0, 1].tolist() == [255, 0, 0]
 
@@ -164,7 +167,7 @@ def test_folders_that_do_not_fit_are_refused(drawn, prompts, tmp_path):
     (tmp_path / "manifest.jsonl").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="from 3 to 4 images a prompt"):
         shapes_benchmark.find_images(tmp_path, prompts)
-    with pytest.raises(ValueError, match="cannot read the image"):
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
         shapes_benchmark.score([(tmp_path / "gone.png", prompts[index])])
 
 

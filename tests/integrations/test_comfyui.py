@@ -19,7 +19,9 @@ from tests.factories import make_transformer, write_model
 from tests.numerics import assert_close
 
 FOLDER = ROOT / "integrations/comfyui"
-NODES = ("SanaLoader", "SanaTextEncode", "SanaSampler", "SanaDecode")
+NODES = ("SanaPipelineLoader", "SanaPipelineTextEncode", "SanaPipelineSampler", "SanaPipelineDecode")
+# What other extensions for Sana have taken; of two nodes or wires of one name ComfyUI knows the later one only.
+TAKEN = {"SanaCheckpointLoader", "SanaTextEncode", "SanaDiffusionLoader", "SANA_MODEL"}
 SETTINGS = {"seed": 7, "steps": 2, "cfg": 3.0, "pag": 2.0, "width": 96, "height": 80, "batch_size": 2}
 
 
@@ -122,9 +124,11 @@ def assert_same_pictures(images, pictures):
 
 def draw(nodes, model, prompt, negative_prompt="", **settings):
     """The images of the nodes behind a loader."""
-    (conditioning,) = nodes.SanaTextEncode().encode(model, prompt, negative_prompt)
-    (latents,) = nodes.SanaSampler().sample(conditioning, **(SETTINGS | {"sampler": "auto"} | settings))
-    return nodes.SanaDecode().decode(latents)[0]
+    (conditioning,) = nodes.SanaPipelineTextEncode().encode(model, prompt, negative_prompt)
+    (latents,) = nodes.SanaPipelineSampler().sample(
+        conditioning, **(SETTINGS | {"sampler": "auto"} | settings)
+    )
+    return nodes.SanaPipelineDecode().decode(latents)[0]
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -133,6 +137,7 @@ def test_contract(nodes, name):
     kind = nodes.NODE_CLASS_MAPPINGS[name]
     assert nodes.NODE_DISPLAY_NAME_MAPPINGS.keys() == nodes.NODE_CLASS_MAPPINGS.keys() == set(NODES)
     assert kind.CATEGORY == "Sana" and kind.DESCRIPTION
+    assert not {name, *kind.RETURN_TYPES} & TAKEN
     assert isinstance(kind.RETURN_TYPES, tuple) and len(kind.RETURN_NAMES) == len(kind.RETURN_TYPES)
     types = kind.INPUT_TYPES()
     inputs = types["required"] | types.get("optional", {})
@@ -150,7 +155,7 @@ def test_contract(nodes, name):
 
 
 def test_usual_values_are_those_of_the_pipeline(nodes):
-    inputs = nodes.SanaSampler.INPUT_TYPES()["required"]
+    inputs = nodes.SanaPipelineSampler.INPUT_TYPES()["required"]
     parameters = inspect.signature(SanaPipeline.__call__).parameters
     assert inputs["cfg"][1]["default"] == parameters["guidance_scale"].default
     assert inputs["pag"][1]["default"] == parameters["pag_guidance_scale"].default
@@ -169,7 +174,7 @@ def test_workflow_gives_the_image_of_the_pipeline(nodes):
 @pytest.mark.parametrize("name", ["transformer.pth", "single.safetensors", "folder"])
 def test_every_format_draws_the_same(nodes, checkpoints, pipeline, name):
     # The folder has a config of its own; all settings at once, and a size that is no bucket.
-    (model,) = nodes.SanaLoader().load(str(checkpoints / name))
+    (model,) = nodes.SanaPipelineLoader().load(str(checkpoints / name))
     images = draw(nodes, model, "a red circle", "a star")
     settings = {"pag_guidance_scale": 2.0, "num_images_per_prompt": 2, "seed": 7, "output_type": "pil"}
     pictures = pipeline("a red circle", 80, 96, "a star", 2, 3.0, **settings)
@@ -203,12 +208,12 @@ def test_sprint(nodes, sprint):
 
 def test_zero_is_the_models_own(nodes, pipeline):
     steps = []
-    (conditioning,) = nodes.SanaTextEncode().encode(pipeline, "a star")
+    (conditioning,) = nodes.SanaPipelineTextEncode().encode(pipeline, "a star")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "encode", None)  # the sampler has the features, and encodes nothing
         patch.setattr(nodes, "_callback", lambda: lambda step, total, x, x0: steps.append(total))
         settings = SETTINGS | {"steps": 0, "width": 0, "height": 0, "pag": 1.0, "sampler": "auto"}
-        (latents,) = nodes.SanaSampler().sample(conditioning, **settings)
+        (latents,) = nodes.SanaPipelineSampler().sample(conditioning, **settings)
     assert latents.size == (256, 256) and steps == [20] * 20
 
 
@@ -219,7 +224,9 @@ def test_adapter(nodes, checkpoints, pipeline, tmp_path):
     down, up = (torch.randn(shape, generator=generator) for shape in ((4, 224), (224, 4)))
     save_file({name.format("A"): down, name.format("B"): up}, tmp_path / "lora.safetensors")
     source = str(checkpoints / "single.safetensors")
-    (model,) = nodes.SanaLoader().load(source, lora=str(tmp_path / "lora.safetensors"), lora_weight=0.5)
+    (model,) = nodes.SanaPipelineLoader().load(
+        source, lora=str(tmp_path / "lora.safetensors"), lora_weight=0.5
+    )
     before, after = (each.transformer.blocks[0].attn.proj.weight for each in (pipeline, model))
     assert_close("weight", after - before, 0.5 * up @ down, rel_rms=1e-5)
     assert [weight for _, weight in model.loras] == [0.5]
@@ -234,7 +241,7 @@ def test_model_folders(nodes, checkpoints, monkeypatch, tmp_path):
         return [str(tmp_path), str(checkpoints)] if kind == "checkpoints" else []
 
     monkeypatch.setitem(sys.modules, "folder_paths", SimpleNamespace(get_folder_paths=get_folder_paths))
-    (model,) = nodes.SanaLoader().load(" single.safetensors ")
+    (model,) = nodes.SanaPipelineLoader().load(" single.safetensors ")
     assert model.weights == checkpoints / "single.safetensors"
     asked.clear()
     assert nodes._find("owner/name") == "owner/name" and nodes._find("") is None
@@ -275,10 +282,10 @@ def test_progress_and_cancel(nodes, pipeline, monkeypatch):
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda nodes, model: nodes.SanaLoader().load("no/such.pth"), "no/such.pth"),
-        (lambda nodes, model: nodes.SanaLoader().load("", quantize="transformer=int3"), "int3"),
+        (lambda nodes, model: nodes.SanaPipelineLoader().load("no/such.pth"), "no/such.pth"),
+        (lambda nodes, model: nodes.SanaPipelineLoader().load("", quantize="transformer=int3"), "int3"),
         (
-            lambda nodes, model: nodes.SanaTextEncode().encode(model, "a --ar 1:2 b --ar 2:1"),
+            lambda nodes, model: nodes.SanaPipelineTextEncode().encode(model, "a --ar 1:2 b --ar 2:1"),
             "one is allowed",
         ),
         (lambda nodes, model: draw(nodes, model, "a star", sampler="scm"), "scm"),

@@ -218,6 +218,18 @@ def test_published_answers_are_read(tmp_path, questions):
         read_answers(path, read_items(questions))
 
 
+def test_equal_questions_of_a_prompt_keep_their_own_answers(tmp_path):
+    """By their order; where the questions of a picture were asked again, the later answers count."""
+    rows = [("cat", number, "0", "entity - whole (cat)", f"{text}?") for number, text in enumerate("ABA", 1)]
+    items = read_items(write_questions(tmp_path / "dpg_bench.csv", rows))
+    path, asked = tmp_path / "detail.txt", [("A?", "yes"), ("B?", "yes"), ("A?", "no")]
+    write = lambda pairs: path.write_text("".join(f"cat.png, (0, 0, 8, 8), {q}, {a}\n" for q, a in pairs))  # noqa: E731
+    write(asked)
+    assert read_answers(path, items) == {"cat": [{1: True, 2: True, 3: False}]}
+    write([*asked, ("A?", "no"), ("B?", "no"), ("A?", "yes")])
+    assert read_answers(path, items) == {"cat": [{1: False, 2: False, 3: True}]}
+
+
 # Judges
 
 

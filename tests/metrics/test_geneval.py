@@ -323,7 +323,7 @@ def test_a_bad_line_is_named(tmp_path):
 def test_samples_are_found_in_numerical_order_and_other_names_ignored(tmp_path):
     for index in (2, 10, 1):
         for sample in (0, 1):
-            path = geneval.sample_path(tmp_path, prompt_index=index, sample_index=sample)
+            path = tmp_path / f"{geneval.sample_stem(index, sample)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         record = prompt("single_object", CAT | {"count": index}).to_record()

@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from sana.metrics.geneval import TAGS, GenEvalPrompt, sample_path, write_metadata
+from sana.metrics.geneval import TAGS, GenEvalPrompt, sample_stem, write_metadata
 from sana.metrics.image_set import open_image
 from sana.shapes.benchmark import benchmark_prompts, to_jsonl
 from sana.shapes.render import render
@@ -42,14 +42,14 @@ def folder(prompts, tmp_path):
     root, rng = tmp_path / "images", random.Random(0)
     for index, prompt in enumerate(prompts):
         for sample in range(2):
-            path = sample_path(root, prompt_index=index, sample_index=sample)
+            path = root / f"{sample_stem(index, sample)}.png"
             save_png(Image.fromarray(render(prompt.scene(rng), 128)), path)
     write_metadata(root, {i: GenEvalPrompt.from_record(prompt.record) for i, prompt in enumerate(prompts)})
     return root
 
 
 def test_shapes(folder, prompts, tmp_path, capsys):
-    wrong = sample_path(folder, prompt_index=TAGS.index("counting"), sample_index=1)
+    wrong = folder / f"{sample_stem(TAGS.index('counting'), 1)}.png"
     Image.new("RGB", (128, 128), "gray").save(wrong)
     file = tmp_path / "evaluation_metadata.jsonl"
     file.write_text(to_jsonl(prompts))
@@ -85,7 +85,7 @@ def test_a_second_run_looks_at_changed_images_only(folder, tmp_path, capsys, mon
     first = run([folder, "--detector=shapes"], capsys)
     assert len(looked) == 12
     assert run([folder, "--detector=shapes"], capsys)[0] == 0 and len(looked) == 12
-    changed = sample_path(folder, prompt_index=0, sample_index=0)
+    changed = folder / f"{sample_stem(0, 0)}.png"
     Image.new("RGB", (64, 64), "gray").save(changed)
     second = run([folder, "--detector=shapes"], capsys)
     assert looked[12:] == [changed]
@@ -133,7 +133,7 @@ def test_what_is_wrong_is_one_line(folder, prompts, tmp_path, capsys):
     assert "no numbered prompt folder" in fails(tmp_path / "empty")
     assert "--clip_path is for --detector mask2former" in fails(folder, "--clip_path=x")
 
-    last = sample_path(folder, prompt_index=5, sample_index=1)
+    last = folder / f"{sample_stem(5, 1)}.png"
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
     assert f"{last}: cannot be read as a picture, truncated" in fails(folder)
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_one_line(folder, prompts, tmp_path, capsys):
     last.unlink()
     assert "1 of 6 prompts lack images, the first 00005 (1 of 2)" in fails(folder)
     assert "1 of 6 prompts lack images, the first 00005 (1 of 2)" in fails(folder, "--prompts", file)
-    sample_path(folder, prompt_index=5, sample_index=0).unlink()
+    (folder / f"{sample_stem(5, 0)}.png").unlink()
     assert "found 1 and 0" in fails(folder)
     (folder / "00005" / "metadata.jsonl").unlink()
     (folder / "00005" / "samples").rmdir()

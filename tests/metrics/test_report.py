@@ -54,6 +54,10 @@ def test_parts_without_a_model_are_empty():
     assert (made.weights, made.dtype) == ({}, None)
 
 
+def test_the_dtype_is_that_of_what_drew_the_pictures():
+    assert example(settings={"generation": {"dtype": "bfloat16"}}).dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_must_be_finite(value):
     with pytest.raises(ValueError, match=r"tags\.colors"):

@@ -5,6 +5,12 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def _exact_convolutions(monkeypatch):
+    """On a GPU cuDNN would round the reference's float32 convolutions to TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def _poison_empty(monkeypatch):
     """A kernel that leaves one element of its output unwritten must fail, not pass by luck."""
 

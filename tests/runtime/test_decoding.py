@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sana.models.autoencoder import Autoencoder
 from sana.runtime.decoding import DecodeError, decode
 from sana.runtime.latents import Picture, latents_path, load_latents, save_latents
-from sana.runtime.oom import is_out_of_memory
+from sana.utils.oom import is_out_of_memory
 from tests.factories import make_autoencoder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -38,41 +38,50 @@ def pipeline(request, parts):
 
 
 def drawn(monkeypatch) -> list[tuple[int, ...]]:
-    """The sizes of the latents that the network is called with; it answers zero."""
-    seen = []
+    """The sizes of the latents that the network is called with."""
+    seen, usual = [], SanaTransformer.forward
 
-    def forward(self, latents, *_, **__):
+    def forward(self, latents, *arguments, **settings):
         seen.append(tuple(latents.shape[-2:]))
-        return torch.zeros_like(latents)
+        return usual(self, latents, *arguments, **settings)
 
     monkeypatch.setattr(SanaTransformer, "forward", forward)
     return seen
 
 
 def test_every_bucket_is_drawn_at_its_size(pipeline, monkeypatch):
+    """Those of generation, and the extreme ones that only training has, which are drawn if they are asked for as they are."""
     seen = drawn(monkeypatch)
     own = pipeline.config.model.image_size
     assert pipeline.buckets == TABLES[f"ASPECT_RATIO_{own}_TEST"]
     features = pipeline.encode(["a red circle"], [""])
-    for height, width in pipeline.buckets.values():
-        seen.clear()
-        settings = {"num_inference_steps": 2, "output_type": "latent", "features": features}
-        latents = pipeline("a red circle", height, width, **settings)
-        assert latents.shape == (1, 32, height // 32, width // 32)
-        assert set(seen) == {(height // 32, width // 32)}
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    settings |= {"features": features, "sampler": "flow_euler"}
+    sizes = {tuple(map(int, size)) for size in pipeline.buckets.values()}
+    extreme = {tuple(map(int, size)) for size in TABLES[f"ASPECT_RATIO_{own}"].values()} - sizes
+    for binning, group in ((True, sizes), (False, extreme)):
+        for height, width in group:
+            seen.clear()
+            latents = pipeline("a red circle", height, width, use_resolution_binning=binning, **settings)
+            assert latents.shape == (1, 32, height // 32, width // 32) and latents.isfinite().all()
+            assert seen == [(height // 32, width // 32)]
 
 
 def test_a_size_between_buckets_is_drawn_at_the_next_and_cropped(pipeline, monkeypatch):
     seen = drawn(monkeypatch)
     own = pipeline.config.model.image_size
     height, width = own // 2 - 7, own // 2 + 33  # multiples of nothing
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            pipeline.autoencoder, "decode", lambda x, **_: torch.zeros(1, 3, *(32 * s for s in x.shape[-2:]))
-        )
-        pixels = pipeline("a red circle", height, width, num_inference_steps=2)
-    assert pixels.shape == (1, 3, height, width)
     bucket = pipeline.sizes(height, width, True)[1]
+    across = torch.linspace(-1, 1, bucket[1]).expand(
+        1, 3, *bucket
+    )  # what stands at a column tells where it was
+    monkeypatch.setattr(pipeline.autoencoder, "decode", lambda x, **_: across)
+    pixels = pipeline("a red circle", height, width, num_inference_steps=1, sampler="flow_euler")
+    assert pixels.shape == (1, 3, height, width)
+    # Scaled as much both ways, so that it covers; the middle is kept, and an equal part of both sides cut off.
+    shown = width * bucket[0] / height / bucket[1] if bucket[0] * width < bucket[1] * height else 1.0
+    assert pixels[0, 0, height // 2, -1].item() == pytest.approx(shown, abs=0.01)
+    assert pixels[0, 0, height // 2, 0].item() == pytest.approx(-shown, abs=0.01)
     assert set(seen) == {tuple(side // 32 for side in bucket)} and bucket in pipeline.buckets.values()
     with pytest.raises(ValueError, match=f"multiples of 32, got {height} x {width}; the nearest size is "):
         pipeline("a red circle", height, width, use_resolution_binning=False)

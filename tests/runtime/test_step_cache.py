@@ -89,6 +89,17 @@ def test_runs_and_branches_do_not_share_a_cache(counted):
     assert torch.equal(sample(cached, guidance=pag), first)
 
 
+@torch.no_grad()
+def test_earlier_sizes_are_not_kept(counted):
+    model, _ = counted
+    cached = StepCachedTransformer(model, 1e9)
+    text = model.encode_text(inputs(model.config)["text_embeds"])
+    time = model.encode_time(torch.tensor([900.0]))[0]
+    for width in range(1, 8):
+        cached(inputs(model.config, (1, width))["latents"], time, None, text_cache=text)
+    assert [form[0][-1] for form in cached._caches] == [5, 6, 7]
+
+
 def test_a_threshold_must_be_positive():
     with pytest.raises(ValueError, match="above 0, got 0"):
         StepCachedTransformer(build(), 0)

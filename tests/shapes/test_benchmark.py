@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from sana.evaluation.shapes_benchmark import OPTIONS
 from sana.metrics.geneval import TAGS, GenEvalPrompt, judge, score_image, select, summarise
+from sana.metrics.geneval_folder import shapes_eyes
 from sana.shapes import benchmark, detector
 from sana.shapes.captions import KINDS, caption
 from sana.shapes.render import render
 from sana.shapes.splits import combinations_of, is_training_scene, training_scene
+
+OPTIONS = shapes_eyes().options
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 2  # drawn for each prompt in these tests

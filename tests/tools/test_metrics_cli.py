@@ -202,6 +202,7 @@ def test_fid_of_the_first_prompts(call, tmp_path):
     for folder in (own, other):
         for number in (3, 4):
             (folder / f"id{number}.png").unlink()
+    refused(call("fid", own, "--reference", other, "--sample_nums", 2), "would not cut the reference")
     rest = json.loads(call("fid", own, "--reference", other, "--work", tmp_path / "rest")[1])
     assert rest["values"] == pytest.approx(first["values"], rel=1e-6)
 
@@ -216,6 +217,8 @@ def test_scores(tool, call, pictures):
     assert answer["values"][name] == pytest.approx((3 * categories["a"] + 2 * categories["b"]) / 5, rel=1e-9)
     assert f"{name}  {answer['values'][name]:.4f}" in errors and f"  a{' ' * (len(name) - 3)}" in errors
     assert answer["command"].startswith("python ") and answer["settings"]["prompts"] == 5
+    assert (answer["dtype"], answer["settings"]["scorer_dtype"]) == (None, "float32")
+    assert "/" not in answer["protocol"], "protocols compare on all machines"
     refused(
         call(tool, *arguments(pictures, "--dtype", "bf16")),
         "other settings: dtype 'float32' (now 'bfloat16')",

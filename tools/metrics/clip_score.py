@@ -14,7 +14,7 @@ from sana.metrics import command
 from sana.utils.cli import Parser
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
     command.add_flags(parser, batch_size=50)
@@ -40,11 +40,6 @@ def run(args: Namespace) -> None:
     print(json, end="")
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    parser.run(run, parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, parser.parse_args())

@@ -89,7 +89,7 @@ def run(args: Namespace) -> None:
 
 def judged(args: Namespace, items: "dict[str, Item]", protocol: "Protocol") -> "Report":
     """The report of a folder."""
-    from sana.metrics.command import report_path
+    from sana.metrics.command import report_path, work_folder
     from sana.metrics.dpg_folder import judge_pictures, read_pictures, report, write_details
     from sana.metrics.image_set import described
     from sana.utils import distributed, hub
@@ -104,8 +104,8 @@ def judged(args: Namespace, items: "dict[str, Item]", protocol: "Protocol") -> "
     weights, path = {"judge": folder_sha256(name)}, report_path(args, "dpg")
     questions = hub.sha256(hub.resolve(args.csv))
     facts = {"questions_sha256": questions, "judge_path": name, "judge_dtype": args.dtype}
-    work = Path(args.work) if args.work else path.with_suffix(".work")
-    found = judge_pictures(pictures, items, judge, protocol, work, {**facts, "weights": weights})
+    work, known = work_folder(args, "dpg"), {**facts, "weights": weights}
+    found = judge_pictures(pictures, items, judge, protocol, work, known)
     items = {key: item for key, item in items.items() if key in found.answers}
     if distributed.is_main():
         write_details(found, args.records or path.with_name(f"{path.stem}_detail.txt"))
@@ -113,11 +113,6 @@ def judged(args: Namespace, items: "dict[str, Item]", protocol: "Protocol") -> "
     return report(items, found.answers, protocol, judge.name, settings=settings, weights=weights)
 
 
-def main() -> None:
-    """Parse and run."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FEATURES = ("inception", "clip-vit-b-32", "clip-vit-l-14", "dinov2-vit-b-14", "dinov2-vit-l-14")
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
     command.add_flags(parser, batch_size=50)
@@ -47,8 +47,12 @@ def read_reference(args: Namespace) -> "Statistics | list[ScoredImage]":
     if Path(args.reference).suffix == ".npz":
         return Statistics.load(args.reference)
     by_id = args.prompts if Path(args.prompts or "").suffix.lower() == ".json" else None
-    limit = args.sample_nums if by_id else None
-    return read_image_set(args.reference, by_id, limit=limit, allow_missing=args.allow_missing)
+    if args.sample_nums and not by_id:
+        raise ValueError(
+            "--sample_nums would not cut the reference, whose pictures are found by the ids of --prompts FILE.json: "
+            "give that, or its statistics (.npz)"
+        )
+    return read_image_set(args.reference, by_id, limit=args.sample_nums, allow_missing=args.allow_missing)
 
 
 def run(args: Namespace) -> None:
@@ -83,11 +87,6 @@ def run(args: Namespace) -> None:
     print(json, end="")
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    parser.run(run, parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, parser.parse_args())

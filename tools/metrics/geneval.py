@@ -49,7 +49,7 @@ def make_parser() -> Parser:
 
 def run(args: Namespace) -> None:
     """Score and report."""
-    from sana.metrics.command import publish, report_path
+    from sana.metrics.command import publish, report_path, work_folder
     from sana.metrics.geneval import load_prompts, table
     from sana.metrics.geneval_folder import read_samples, report, score, write_records
     from sana.utils import distributed, hub, logging
@@ -59,7 +59,7 @@ def run(args: Namespace) -> None:
     samples = read_samples(args.images, prompts, allow_missing=args.allow_missing)
     eyes = load_eyes(args)
     path = report_path(args, "geneval")
-    records = score(samples, eyes, Path(args.work) if args.work else path.with_suffix(".work"))
+    records = score(samples, eyes, work_folder(args, "geneval"))
     if distributed.is_main():
         write_records(records, args.records or path.with_suffix(".jsonl"))
         print(table(records), file=sys.stderr)
@@ -91,11 +91,6 @@ def load_eyes(args: Namespace) -> object:
     )
 
 
-def main() -> None:
-    """Parse and run."""
+if __name__ == "__main__":
     parser = make_parser()
     parser.run(run, parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

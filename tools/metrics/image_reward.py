@@ -16,7 +16,7 @@ from sana.utils.cli import Parser
 MODELS = {"ImageReward": "image_reward", "PickScore": "pick_score", "HPSv2.1": "hps"}
 
 
-def build_parser() -> Parser:
+def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
     command.add_flags(parser, batch_size=32)
@@ -43,11 +43,6 @@ def run(args: Namespace) -> None:
     print(json, end="")
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = build_parser()
-    parser.run(run, parser.parse_args())
-
-
 if __name__ == "__main__":
-    main()
+    parser = make_parser()
+    parser.run(run, parser.parse_args())
