@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import webdataset
@@ -58,7 +59,8 @@ def write_pictures(folder, count=6):
     """Noise in several shapes, with own captions; one picture is broken."""
     folder.mkdir(exist_ok=True)
     for number in range(count):
-        Image.effect_noise((40 + 8 * number, 48), 60 + 20 * number).save(folder / f"{number}.png")
+        noise = np.random.default_rng(number).normal(128, 60 + 20 * number, (48, 40 + 8 * number))
+        Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(
             f"noise {number}" if number else "noise of the smallest picture"
         )

@@ -21,7 +21,7 @@ from sana.metrics.dpg import Judge
 from sana.metrics.weights import fetched_by, hub_command
 from sana.utils import hub
 from sana.utils.logging import first_line
-from sana.utils.pretrained import load_pretrained
+from sana.utils.pretrained import chat_answers, load_pretrained
 
 JUDGE_NAME = "Salesforce/blip-vqa-capfilt-large"
 """Small and trained for questions. No judge's scores compare with another's, nor with the published ones (mPLUG)."""
@@ -94,29 +94,10 @@ class ChatJudge(_Network):
     @torch.inference_mode()
     def __call__(self, image: Image, questions: Sequence[str]) -> list[str]:
         """The answer to each question, greedily."""
-        picture = {"type": "image", "image": image.convert("RGB")}
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [picture, {"type": "text", "text": self.PROMPT.format(question=text)}],
-                }
-            ]
-            for text in questions
-        ]
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, max_new_tokens=8, do_sample=False, num_beams=1)
-        answers = self.processor.batch_decode(
-            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        return [answer.strip() for answer in answers]
+        pictures = [image.convert("RGB")] * len(questions)
+        texts = [self.PROMPT.format(question=text) for text in questions]
+        tokens = chat_answers(self.model, self.processor, pictures, texts, max_new_tokens=8)
+        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
 _KINDS = {"blip": (BlipForQuestionAnswering, BlipJudge), "vilt": (ViltForQuestionAnswering, ViltJudge)}

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from sana.utils.logging import get_logger
-from sana.utils.pretrained import load_pretrained
+from sana.utils.pretrained import chat_answers, load_pretrained
 
 log = get_logger(__name__)
 
@@ -78,25 +78,10 @@ class Captioner:
         Raises:
             ValueError: the processor refuses a picture (some do where one side is very long).
         """
-        question = {"type": "text", "text": self.prompt}
-        conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": picture}, question]}]
-            for picture in pictures
-        ]
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
-        )
-        answers = tokens[:, inputs["input_ids"].shape[1] :]
-        self._say_if_cut(answers)
-        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+        questions = [self.prompt] * len(pictures)
+        tokens = chat_answers(self.model, self.processor, pictures, questions, self.max_new_tokens)
+        self._say_if_cut(tokens)
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
     def _say_if_cut(self, answers: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from sana.utils.oom import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
+    from torch import Tensor
 
 _NOT_LOADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, SafetensorError)
 
@@ -73,3 +75,23 @@ def load_pretrained(
             f"{what} in {str(name_or_path)!r} lacks {len(missing)} weights, {missing[0]} among them"
         )
     return model.to(device).eval().requires_grad_(False), *beside
+
+
+def chat_answers(
+    model: Any, processor: Any, pictures: Sequence[Image], texts: Sequence[str], max_new_tokens: int
+) -> Tensor:
+    """What a chat model writes, greedily, about each picture to the text at its place: tokens (B, n)."""
+    conversations = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+        for picture, text in zip(pictures, texts, strict=True)
+    ]
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    ).to(model.device, model.dtype)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    return tokens[:, inputs["input_ids"].shape[1] :]

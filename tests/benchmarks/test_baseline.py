@@ -130,7 +130,7 @@ def test_few_of_many_images_are_compared(pipeline, monkeypatch):
 
 def test_compiled_is_what_a_user_compiles(pipeline, monkeypatch):
     """On a GPU that means captured steps, which denoising alone takes too."""
-    compiled, calls = [], []
+    compiled, calls, encoder = [], [], pipeline.text_encoder
     monkeypatch.setattr(
         "sana.pipeline.compile_blocks", lambda transformer, rows: compiled.append(transformer)
     )
@@ -151,7 +151,7 @@ def test_compiled_is_what_a_user_compiles(pipeline, monkeypatch):
     found = call(ours, work, "denoise")()
     assert calls == [4] * STEPS
     assert_close("denoise", found, call(pipeline, work, "denoise")(), rel_rms=1e-6)
-    assert ours.text_encoder is pipeline.text_encoder
+    assert ours.text_encoder is encoder is pipeline.text_encoder
 
 
 def test_half_types_may_round_twice_as_much_as_diffusers():
