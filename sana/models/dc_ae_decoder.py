@@ -135,9 +135,14 @@ def _strip_height(x: Image, max_bytes: int, values: int, margin: int) -> int:
     return -(-height // -(-height // most))
 
 
-def _strips(height: int, rows: int, margin: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first, top, bottom, last): rows top to bottom of an image depend on its rows first to last."""
-    for top in range(0, height, rows):
+def _strips(x: Image, rows: int, margin: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first, top, bottom, last): rows top to bottom of an image depend on its rows first to last.
+
+    On "meta", where nothing but sizes is of interest, the first three stand for all: no other is larger than the second.
+    """
+    height = x.shape[-2]
+    tops = range(0, height, rows)
+    for top in tops[:3] if x.is_meta else tops:
         bottom = min(top + rows, height)
         yield max(0, top - margin), top, bottom, min(bottom + margin, height)
 
@@ -149,7 +154,7 @@ def _in_strips(step: Step, x: Image, max_bytes: int) -> Image:
     if rows == height:
         return step.run(x)
     output = None
-    for first, top, bottom, last in _strips(height, rows, step.reach):
+    for first, top, bottom, last in _strips(x, rows, step.reach):
         part = step.run(_channels_last(x[..., first:last, :]))
         if output is None:
             output = _empty_image(part, scale * height)
@@ -170,7 +175,7 @@ def _run_fine(steps: Sequence[Step], x: Image, max_bytes: int) -> Tensor:
     height = x.shape[-2]
     rows = _strip_height(x, max_bytes, values, margins[0])
     output = None
-    for first, top, bottom, last in _strips(height, rows, margins[0]):
+    for first, top, bottom, last in _strips(x, rows, margins[0]):
         part, start = x[..., first:last, :], first
         for step, before, after in zip(steps, margins, margins[1:], strict=False):
             part, start = step.run(_channels_last(part)), step.scale * start
@@ -220,7 +225,7 @@ def _attention(attn: SanaMultiscaleLinearAttention, x: Image, max_bytes: int) ->
     def project(which: slice) -> Iterator[tuple[slice, Tensor]]:
         """Of every strip: its rows, and q, k, v or several of them, (B, pixels, heads, which, size)."""
         weights = _project_weights(attn, which)
-        for first, top, bottom, last in _strips(height, rows, reach):
+        for first, top, bottom, last in _strips(x, rows, reach):
             part = _multiscale(_channels_last(x[..., first:last, :]), weights, size)
             part = part[:, top - first : bottom - first].flatten(1, 2).float()
             yield slice(top, bottom), part.unflatten(2, (heads // size, -1, size))

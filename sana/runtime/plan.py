@@ -141,21 +141,27 @@ class Plan:
 
 def make_plan(outline: Outline, setting: Setting, *, reading: int = READING_BYTES) -> Plan:
     """What drawing with these networks and this setting takes; `reading` is 0 where they were read before."""
+    return Plan(setting=setting, stages=dict(_stages(outline, setting, reading)))
+
+
+def _stages(outline: Outline, setting: Setting, reading: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Title, and bytes of weights and in passing, of one stage after the other; the last takes longest to find."""
     weights = {name: _weights(name, outline, setting) for name in offload.PARTS}
-    passing = {
-        "text_encoder": _encoding(outline, setting),
-        "transformer": _denoising(outline, setting),
-        "autoencoder": _decoding(outline, setting),
-    }
-    titles = {"text_encoder": "encoding the text", "transformer": "denoising", "autoencoder": "decoding"}
-    stages = {}
-    for name, title in titles.items():
+    stages = (
+        ("text_encoder", "encoding the text", _encoding),
+        ("transformer", "denoising", _denoising),
+        ("autoencoder", "decoding", _decoding),
+    )
+    for name, title, passing in stages:
         gone = offload.others(setting.offload, name)
         there = sum(size for other, size in weights.items() if other not in gone)
         if setting.offload == "sequential" and name in offload.LAYERED:
             there = _layer_bytes(outline.parts()[name], setting.device)
-        stages[title] = (there, max(passing[name], reading))
-    return Plan(setting=setting, stages=stages)
+        yield title, (there, max(passing(outline, setting), reading))
+
+
+def _fits(outline: Outline, setting: Setting, limit: int) -> bool:
+    return all(sum(parts) <= limit for _, parts in _stages(outline, setting, READING_BYTES))
 
 
 def fit(outline: Outline, setting: Setting, limit: int, *, modes: tuple[str, ...] = ()) -> Plan:
@@ -170,12 +176,10 @@ def fit(outline: Outline, setting: Setting, limit: int, *, modes: tuple[str, ...
     Raises:
         ValueError: none does; the message has the numbers, and the nearest setting that fits.
     """
-    smallest: Plan | None = None
     for candidate in _candidates(setting, modes):
-        plan = make_plan(outline, candidate)
-        if plan.peak <= limit:
-            return plan
-        smallest = plan if smallest is None or plan.peak < smallest.peak else smallest
+        if _fits(outline, candidate, limit):
+            return make_plan(outline, candidate)
+    smallest = make_plan(outline, candidate)  # the last gives up all that can be
     advice = _nearest(outline, setting, limit, modes)
     raise ValueError(
         f"{setting} does not fit into {limit / GIB:.2f} GiB: with {smallest.setting} it takes {smallest.peak / GIB:.2f} GiB; "
@@ -212,7 +216,7 @@ def _nearest(outline: Outline, setting: Setting, limit: int, modes: tuple[str, .
             return None
         for kinds in (setting.quantize, int8):
             for candidate in _candidates(replace(setting, size=size, enlarged=None, quantize=kinds), modes):
-                if make_plan(outline, candidate).peak <= limit:
+                if _fits(outline, candidate, limit):
                     return candidate
     return None
 

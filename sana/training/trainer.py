@@ -21,7 +21,6 @@ from sana.models.state_dict import save_transformer
 from sana.models.text_encoder import TextFeatures
 from sana.models.zoo import build_transformer
 from sana.runtime.compile import compile_blocks
-from sana.runtime.heap import keep_freed_memory
 from sana.training.checkpoint import remove_leftovers, retain, write_checkpoint
 from sana.training.ema import EMA
 from sana.training.feature_cache import open_cache
@@ -64,7 +63,6 @@ class Trainer:
         self.work_dir = Path(config.work_dir)
         self.accelerator = build_accelerator(config)
         self.device = self.accelerator.device
-        keep_freed_memory(self.device)
         self.batch_size = (
             train.train_batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
         )

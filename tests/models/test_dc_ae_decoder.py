@@ -108,7 +108,10 @@ def test_strips_are_about_equal_and_cover_the_image():
     assert dc_ae_decoder._strip_height(x, 100 * row, 10, 3) == 100  # all of it fits
     assert dc_ae_decoder._strip_height(x, 61 * row, 10, 3) == 50  # 55 rows and margins: twice 50
     assert dc_ae_decoder._strip_height(x, 1, 10, 3) == 1
-    assert list(dc_ae_decoder._strips(7, 3, 2)) == [(0, 0, 3, 5), (1, 3, 6, 7), (4, 6, 7, 7)]
+    image = torch.empty(1, 1, 7, 1)
+    assert list(dc_ae_decoder._strips(image, 3, 2)) == [(0, 0, 3, 5), (1, 3, 6, 7), (4, 6, 7, 7)]
+    assert len(list(dc_ae_decoder._strips(image, 1, 2))) == 7
+    assert len(list(dc_ae_decoder._strips(image.to("meta"), 1, 2))) == 3
 
 
 @pytest.mark.parametrize("layout", ["dc-ae 1.0 and 1.1", "lite"])
