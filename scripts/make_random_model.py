@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
     import torch
     import yaml
 
-    from sana.config import dump_config, load_config
+    from sana.config import dump_config, load_config, transformer_overrides
     from sana.loading import BASE_CONFIG
     from sana.models import random_model
 
@@ -65,6 +65,7 @@ def run(args: Namespace) -> None:
         text_encoder=args.text_encoder,
         dtype=dtype,
         texts=config.text_encoder.chi_prompt,
+        overrides=transformer_overrides(config),
     )
     dump_config(config, args.output / "config.yaml")
     print(args.output / "config.yaml")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -44,6 +45,7 @@ def write(
     text_encoder: str,
     dtype: torch.dtype,
     texts: Sequence[str],
+    overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> None:
     """Write `transformer/`, `autoencoder/` and `text_encoder/` into `folder`; about 1 GiB is in memory at a time.
@@ -54,6 +56,7 @@ def write(
         text_encoder: a key of TEXT_SIZES.
         dtype: of the files.
         texts: what the tokenizer learns its words from.
+        overrides: of the transformer's fields, see `sana.models.zoo.build_transformer`.
     """
     settings = Gemma2Config(**TEXT_SIZES[text_encoder], architectures=["Gemma2Model"])
     settings.dtype = str(dtype).removeprefix("torch.")
@@ -61,7 +64,9 @@ def write(
         networks = {
             "text_encoder": AutoModel.from_config(settings),
             "autoencoder": Autoencoder.from_config(AUTOENCODERS[autoencoder]).model,
-            "transformer": build_transformer(transformer, caption_channels=settings.hidden_size),
+            "transformer": build_transformer(
+                transformer, **({"caption_channels": settings.hidden_size} | dict(overrides or {}))
+            ),
         }
     generator = torch.Generator().manual_seed(seed)
     for name, network in networks.items():
