@@ -29,7 +29,7 @@ from sana.runtime import decoding
 from sana.runtime import offload as offloading
 from sana.runtime import quantize as quantizing
 from sana.runtime.capture import CapturedTransformer
-from sana.runtime.compile import compile_blocks
+from sana.runtime.compile import compile_networks
 from sana.runtime.heap import keep_freed_memory
 from sana.runtime.stages import NonFiniteError as NonFiniteError  # for callers
 from sana.runtime.stages import PromptFeatures, pair_prompts, require_finite, require_plain_guidance, stage
@@ -206,15 +206,15 @@ class SanaPipeline:
         return self.compile() if self._compiled else self
 
     def compile(self) -> SanaPipeline:
-        """Compile the transformer's blocks, and on a GPU capture each step as one CUDA graph; returns self.
+        """Compile the transformer's blocks, on a GPU also the decoder, and capture steps as CUDA graphs; returns self.
 
         The first image of a new size or batch then takes some seconds to a minute more, and later ones less time than
         without. Weights that `from_pretrained` loads afterwards are compiled too.
         """
         self._compiled = True
         if self._ready:
-            tokens = (self.config.model.image_size // self.multiple) ** 2
-            compile_blocks(self.transformer, rows=2 * tokens)
+            rows = 2 * (self.config.model.image_size // self.multiple) ** 2
+            compile_networks(self.transformer, self.autoencoder.model.decoder, rows=rows)
         self._wrap_transformer()
         return self
 

@@ -199,7 +199,9 @@ def compiled_ours(ours: SanaPipeline) -> SanaPipeline:
         transformer = SanaTransformer(ours.transformer.config)
     transformer.load_state_dict(state, assign=True)
     transformer.eval().requires_grad_(False)
-    compiled = SanaPipeline.from_components(ours.config, transformer, ours.autoencoder, ours.text_encoder)
+    # On a GPU its decoder is compiled too, which that of `ours` must not be.
+    autoencoder = ours.autoencoder if ours.device.type == "cpu" else copy.deepcopy(ours.autoencoder)
+    compiled = SanaPipeline.from_components(ours.config, transformer, autoencoder, ours.text_encoder)
     return compiled.compile()
 
 

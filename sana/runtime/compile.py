@@ -1,6 +1,7 @@
-"""Faster transformers by torch.compile: one block is compiled, and every block runs that code."""
+"""Faster networks by torch.compile: one block of a transformer is compiled, and every block runs that code."""
 
 import torch
+from torch import nn
 
 from sana.models.layers import Linear
 from sana.models.mix_ffn import PointwiseConv
@@ -9,6 +10,24 @@ from sana.ops.linear.onednn import pack_weights
 
 SHAPES = 64
 """How many forms of a block are kept before the compiler gives up: sizes, batches, perturbed or not, guided or not."""
+
+
+def compile_networks(transformer: SanaTransformer, decoder: nn.Module, *, rows: int) -> None:
+    """Compile the blocks of `transformer`, and on a GPU the autoencoder's `decoder` for whole images, in channels-last.
+
+    On a CPU, and in strips of rows, the decoder has arithmetic of its own, `sana.models.dc_ae_decoder`.
+
+    Args:
+        rows: see `compile_blocks`.
+    """
+    compile_blocks(transformer, rows=rows)
+    if next(decoder.parameters()).device.type == "cuda" and decoder._compiled_call_impl is None:
+        compile_decoder(decoder)
+
+
+def compile_decoder(decoder: nn.Module) -> None:
+    """Compile a decoder as one graph, in place, with its filters in channels-last, as convolutions like them."""
+    decoder.to(memory_format=torch.channels_last).compile(fullgraph=True)
 
 
 def compile_blocks(transformer: SanaTransformer, *, rows: int = 512) -> None:

@@ -132,7 +132,7 @@ def test_compiled_is_what_a_user_compiles(pipeline, monkeypatch):
     """On a GPU that means captured steps, which denoising alone takes too."""
     compiled, calls, encoder = [], [], pipeline.text_encoder
     monkeypatch.setattr(
-        "sana.pipeline.compile_blocks", lambda transformer, rows: compiled.append(transformer)
+        "sana.runtime.compile.compile_blocks", lambda transformer, rows: compiled.append(transformer)
     )
 
     def wrap(self):

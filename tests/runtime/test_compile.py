@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from sana.ops.linear import onednn
-from sana.runtime.compile import compile_blocks
+from sana.pipeline import SanaPipeline
+from sana.runtime.compile import compile_blocks, compile_decoder, compile_networks
 from tests.models.twin import build, inputs
 from tests.numerics import assert_close
 
@@ -51,3 +52,34 @@ def test_compiled_blocks_give_the_same_output_and_compile_no_more_after_warming_
                 both(grid, seed, perturbed=(1,))
     assert counters["stats"]["unique_graphs"] == warm, counters
     assert not counters["graph_break"], counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_gives_the_same_pixels(fresh):
+    model = SanaPipeline(device="cpu").autoencoder.model
+    latents = torch.randn(2, 32, 2, 3, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model.decode(latents).sample
+        compile_decoder(model.decoder)
+        actual = model.decode(latents).sample
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.allclose(actual, expected, atol=1e-4)
+
+
+def test_on_a_cpu_the_decoder_keeps_its_own_arithmetic(monkeypatch):
+    transformer, decoder = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    monkeypatch.setattr("sana.runtime.compile.compile_blocks", lambda network, rows: None)
+    compile_networks(transformer, decoder, rows=1)
+    assert decoder._compiled_call_impl is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_decoder_is_compiled(fresh):
+    pipeline = SanaPipeline(device="cuda")
+    latents = torch.randn(1, 32, 8, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    with torch.inference_mode():
+        expected = pipeline.autoencoder.decode(latents)
+        decoder = pipeline.compile().autoencoder.model.decoder
+        actual = pipeline.autoencoder.decode(latents)
+    assert decoder._compiled_call_impl is not None
+    assert torch.allclose(actual, expected, atol=5e-3)
