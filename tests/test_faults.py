@@ -20,6 +20,7 @@ from sana.models.transformer import SanaTransformer
 from sana.pipeline import SanaPipeline
 from sana.runtime.latents import load_latents
 from sana.utils import images
+from sana.utils.cli import Parser
 from tests.factories import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,6 +160,27 @@ def test_memory_that_runs_out_in_loading_is_a_line(config, monkeypatch, tmp_path
         parser.run(script["run"], *parser.parse_known_args(words))
     assert left.value.code == 1
     assert "error: out of memory while reading weights: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError(NO_MEMORY), f"out of memory: {NO_MEMORY}"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: CUDA out of"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory: [Errno 12] Cannot allocate"),
+        (MemoryError(), "out of memory\n"),
+        (MemoryError("out of memory while drawing"), "out of memory while drawing"),
+        (IncompleteError("1 of 1 images failed: out of memory"), "1 of 1 images failed: out of memory"),
+    ],
+)
+def test_any_command_says_in_a_line_that_memory_ran_out(capsys, error, line):
+    with pytest.raises(SystemExit) as left:
+        Parser(prog="it").run(lambda: (_ for _ in ()).throw(error))
+    assert left.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"it: error: {line}") and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="ours"):
+        Parser(prog="it").run(lambda: (_ for _ in ()).throw(RuntimeError("ours")))
 
 
 def test_a_batch_whose_pictures_cannot_be_had_is_drawn_once(pipeline, monkeypatch, tmp_path):

@@ -74,6 +74,7 @@ def test_on_a_cpu_the_decoder_keeps_its_own_arithmetic(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_decoder_is_compiled(fresh):
     pipeline = SanaPipeline(device="cuda")
     latents = torch.randn(1, 32, 8, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(0))

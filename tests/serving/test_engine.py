@@ -411,10 +411,10 @@ def test_plan_counts_what_a_run_makes(pipeline):
     from sana.runtime.memory import GIB, peak_of
     from sana.utils.images import to_uint8
 
-    line = plan_line(pipeline, (1024, 1024), 2)  # drawn at 256 x 256
-    latents = torch.zeros(2, 32, 8, 8)
+    line = plan_line(pipeline, (1024, 1024), 24)  # drawn at 256 x 256
+    latents = torch.zeros(24, 32, 8, 8)
     measured = peak_of(lambda: to_uint8(pipeline.autoencoder.decode(latents)))
     assert line.startswith("about 0.")
-    assert "for 2 of 1024 x 1024: weights 0." in line
+    assert "for 24 of 1024 x 1024: weights 0." in line
     stages = re.search(r"and for encoding the text ([\d.]+), denoising ([\d.]+), decoding ([\d.]+)$", line)
     assert float(stages[3]) == pytest.approx(measured / GIB, abs=0.01)
