@@ -113,6 +113,7 @@ def run(args: Namespace) -> None:
                 "latent_error": ((latents - exact).norm() / exact.norm()).item(),
                 "psnr": psnr.median().item(),
                 "worst_psnr": psnr.min().item(),
+                "within_40_db": int((psnr >= 40).sum()),
                 "score": summarise(records)["overall"],
             }
         times: dict[str, list[float]] = {option: [] for option in pipelines}
@@ -126,7 +127,9 @@ def run(args: Namespace) -> None:
         row["speed"] = statistics.median(times["exact"]) / row["seconds"]
         row["reused_steps"] = getattr(pipelines[option][0]._wrapped, "reused", 0)
         figures = f"{row['speed']:5.2f}x  latents {row['latent_error']:8.1e}"
-        figures += f"  PSNR {row['psnr']:5.1f} dB, at worst {row['worst_psnr']:5.1f}"
+        figures += (
+            f"  PSNR {row['psnr']:5.1f} dB, at worst {row['worst_psnr']:5.1f}, 40 in {row['within_40_db']}"
+        )
         print(f"{option:20} {figures}  score {row['score']:.3f}", flush=True)
     if args.output:
         report = make_report(

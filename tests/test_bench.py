@@ -55,6 +55,8 @@ def test_pipeline_report_is_complete(pipeline_report):
                 assert row["images_per_second"] == pytest.approx(int(batch) / row["seconds"])
         for name, best in batches["best"].items():
             assert best["images_per_second"] == max(batches[b][name]["images_per_second"] for b in ("1", "2"))
+    assert report["settings"]["matmul_flop_per_second"] > 1e9
+    assert all("share_of_matmul" in row for row in report["values"]["denoise"]["2"].values())
     assert report["settings"].keys() >= {
         "model",
         "size",
@@ -160,6 +162,23 @@ def test_page_is_what_the_reports_say():
     """The tables in the documentation are those that scripts/plot_benchmarks.py writes from asset/bench."""
     page = (ROOT / "asset/docs/benchmarks.md").read_text(encoding="utf-8")
     assert bench_page.with_tables(page, bench_page.read_reports(ROOT / "asset/bench")) == page
+
+
+def test_operations_have_a_table_of_their_own():
+    """Beside an implementation that was wrong in one pass, and so has no figure there."""
+    figures = {"seconds": 0.002, "share_of_copy": 0.25}
+    report = {
+        "values": {
+            "ceilings": {"copy_bytes_per_second": 2e10},
+            "norm": {"forward": {"eager": figures, "compiled": figures}, "backward": {"eager": figures}},
+        },
+        "settings": {"model": "0.6B", "batch": 2, "side": 16},
+        "dtype": "bfloat16",
+    }
+    lines = bench_page._operations(report)
+    assert "0.6B, bfloat16, batch 2, 16 x 16 tokens" in lines[0] and "20 GB/s" in lines[0]
+    assert lines[2] == "| operation, pass | eager | compiled |"
+    assert lines[4:6] == ["| norm, forward | 2 ms (25%) | 2 ms (25%) |", "| norm, backward | 2 ms (25%) |  |"]
 
 
 def test_page_and_plot_are_made(pipeline_report, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sana.diffusion.noise import starting_noise
+from sana.models.caches import TextCache
 from sana.pipeline import SanaPipeline
 from tests.factories import write_model
 from tests.numerics import assert_close
@@ -131,6 +132,22 @@ def test_text_and_time_are_encoded_once(draw, pipeline):
             hook.remove()
     depth = len(network.blocks)
     assert steps == [{"kv": depth, "time": 2, "caption": 1}] * STEPS
+
+
+@pytest.mark.parametrize(
+    "settings", [{"interval_guidance": (0.3, 0.9)}, {"pag_guidance_scale": 2.0}], ids=["interval", "pag"]
+)
+def test_the_prompts_alone_are_a_part_of_both_branches(draw, pipeline, monkeypatch, settings):
+    """Text that steps need both with and without its null caption is encoded once; the picture stays."""
+    encoded = []
+    encode = pipeline.transformer.encode_text
+    monkeypatch.setattr(pipeline.transformer, "encode_text", lambda *text: encoded.append(1) or encode(*text))
+    once = draw(["a red circle", "two stars and a ring"], output_type="latent", **settings)
+    assert len(encoded) == 1
+    monkeypatch.delattr(TextCache, "last")
+    twice = draw(["a red circle", "two stars and a ring"], output_type="latent", **settings)
+    assert len(encoded) == 3
+    assert_close("encoded once", once, twice, rel_rms=1e-5)
 
 
 def test_steps_outside_the_interval_do_half_the_work(draw, pipeline, monkeypatch):

@@ -30,11 +30,13 @@ _STAGES = {
     "train": "training",
 }
 
+_METRICS = ("pipeline", "training", "options", "fused operations")
+
 Report = dict[str, Any]
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """The reports of `scripts/bench_pipeline.py`, `bench_train.py` and `bench_options.py` in a folder, by file name.
+    """The reports of `scripts/bench_{pipeline,train,options,ops}.py` in a folder, by file name.
 
     Raises:
         ValueError: a file is no such report.
@@ -46,7 +48,7 @@ def read_reports(folder: Path) -> list[Report]:
             kind, values = report["metric"], report["values"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no report of a benchmark: {error}") from error
-        if kind in ("pipeline", "training", "options") and values:
+        if kind in _METRICS and values:
             reports.append(report)
     return reports
 
@@ -54,7 +56,7 @@ def read_reports(folder: Path) -> list[Report]:
 def cases(reports: Sequence[Report]) -> Iterator[tuple[Report, str, str, dict[str, Any]]]:
     """(report, stage, batch, implementation -> figures) of all that was measured."""
     for report in reports:
-        if report["metric"] == "options":
+        if report["metric"] not in ("pipeline", "training"):
             continue
         stages = {"train": report["values"]} if report["metric"] == "training" else report["values"]
         for stage, batches in stages.items():
@@ -70,7 +72,9 @@ def tables(reports: Sequence[Report]) -> str:
     parts = [f"![Speed over diffusers]({PLOT})\n"]
     for machine in dict.fromkeys(map(_machine, reports)):
         own = [report for report in reports if _machine(report) == machine]
-        options = [report for report in own if report["metric"] == "options"]
+        options, operations = (
+            [report for report in own if report["metric"] == metric] for metric in _METRICS[2:]
+        )
         origins = ", ".join(dict.fromkeys(map(_origin, own)))
         lines = [f"{machine}; commit {origins}, with + if there were changes on top.", ""]
         lines += [
@@ -84,7 +88,7 @@ def tables(reports: Sequence[Report]) -> str:
         lines += [
             "",
             *_best(own),
-            *itertools.chain(*map(_options, options)),
+            *itertools.chain(*map(_options, options), *map(_operations, operations)),
             "Commands:",
             "",
             "```bash",
@@ -120,7 +124,7 @@ def _row(name: str, row: dict[str, Any]) -> str:
         speed = f"{row['speedup']:.2f}" if "speedup" in row else ""
     share = row.get("share_of_matmul")
     rate = f"{row['images_per_second']:.3g} images" + (
-        f", {share:.0%} of the peak" if share is not None else ""
+        f", {share:.0%} of a product's rate" if share is not None else ""
     )
     memory = f"{row['call_bytes'] / 2**20:,.0f} MiB" if row["call_bytes"] is not None else "unknown"
     columns = [
@@ -162,18 +166,45 @@ def _options(report: Report) -> list[str]:
     lines = [
         title,
         "",
-        "| option | a batch | speed | latents apart | PSNR: median, worst | score |",
-        f"|{'---|' * 6}",
+        "| option | a batch | speed | latents apart | PSNR: median, worst | images of 40 dB | score |",
+        f"|{'---|' * 7}",
     ]
     for name, row in report["values"].items():
         apart = (
-            f"{row['latent_error']:.1e} | {row['psnr']:.1f}, {row['worst_psnr']:.1f} dB"
+            f"{row['latent_error']:.1e} | {row['psnr']:.1f}, {row['worst_psnr']:.1f} dB | {row['within_40_db']}"
             if name != "exact"
-            else "|"
+            else "| |"
         )
         lines.append(
             f"| {name} | {seconds(row['seconds'])} | {row['speed']:.2f} | {apart} | {row['score']:.3f} |"
         )
+    return [*lines, ""]
+
+
+def _operations(report: Report) -> list[str]:
+    """A table of the fused operations, a row for each and each pass."""
+    settings, values = report["settings"], report["values"]
+    copy = values["ceilings"]["copy_bytes_per_second"]
+    rows = {
+        f"{name}, {direction}": kinds
+        for name, directions in values.items()
+        if name != "ceilings"
+        for direction, kinds in directions.items()
+    }
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    lines = [
+        f"Operations of {settings['model']}, {report['dtype']}, batch {settings['batch']}, {settings['side']} x "
+        f"{settings['side']} tokens; in brackets the bandwidth as a share of a copy's, {copy / 1e9:.0f} GB/s:",
+        "",
+        f"| operation, pass | {' | '.join(kinds)} |",
+        f"|{'---|' * (1 + len(kinds))}",
+    ]
+    for name, row in rows.items():
+        figures = [
+            f"{seconds(row[kind]['seconds'])} ({row[kind]['share_of_copy']:.0%})" if kind in row else ""
+            for kind in kinds
+        ]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
     return [*lines, ""]
 
 
@@ -227,9 +258,10 @@ def plot(reports: Sequence[Report], path: Path) -> None:
             place += 1
         place += 0.8
     axes.set_yticks(*zip(*ticks, strict=True), fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlim(right=1.5 * max(row.get("speedup", 0) for case in found for row in case[3].values()))
+    axes.set_xlim(right=1.7 * max(row.get("speedup", 0) for case in found for row in case[3].values()))
     axes.set_xlabel("speed over diffusers, eager; more is better")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

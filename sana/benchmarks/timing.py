@@ -140,7 +140,7 @@ def transformer_flops(hidden_size: int, depth: int, tokens: int, text_tokens: in
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large square matrix product."""
-    return bench.ceilings(device, dtype, repeats=5)["matmul_flop_per_second"]
+    return bench.ceilings(device, dtype, repeats=20)["matmul_flop_per_second"]
 
 
 def best_batches(batches: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

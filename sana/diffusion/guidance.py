@@ -88,7 +88,8 @@ def guided(
         model: called as model(latents, time, embeds, mask, text_cache=, perturbed_blocks=). The time is (B,)
             float32, whole numbers from `network_time`. The model computes in its own dtype, and should be in
             eval mode: in training it drops captions. If it has `encode_text(embeds, mask)`, the result is its
-            `text_cache`, made once for each batch of text and kept as long as the returned velocity.
+            `text_cache`, made once for each batch of text and kept as long as the returned velocity; what has a
+            method `last(count)` gives that of the prompts alone from that of [null, text].
         text: the prompts' features, batch B.
         null: features of the negative or empty prompts, batch B or 1; None is enough at guidance.scale 1.
             Its mask is used as it comes: which tokens an empty prompt attends to is the caller's choice.
@@ -104,12 +105,14 @@ def guided(
         ValueError: null is missing, or does not fit text; in velocity(), x is not of batch B.
     """
     encoded = _encode_times(model, times, text.embeds.device)
-    conditional_branch = _Branch(model, text.embeds, text.mask, encoded)
+    both_branches = None
     if guidance.scale != 1:
         both_branches = _Branch(model, *_null_then_text(null, text), encoded)
-    for t in times:  # now, so that no step has to
-        (both_branches if guidance.uses_cfg(t) else conditional_branch).encode_text()
-    if times and guidance.uses_pag:
+    conditional_branch = _Branch(model, text.embeds, text.mask, encoded, part_of=both_branches)
+    guides = [guidance.uses_cfg(t) for t in times]
+    if any(guides):  # now, so that no step has to
+        both_branches.encode_text()
+    if times and (guidance.uses_pag or not all(guides)):
         conditional_branch.encode_text()
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -137,15 +140,21 @@ class _Branch:
         embeds: Tensor,
         mask: Tensor | None,
         times: Mapping[float, Any],
+        part_of: "_Branch | None" = None,
     ) -> None:
         self.model, self.embeds, self.mask, self.times = model, embeds, mask, times
+        self._part_of = part_of
         self._text_cache: Any = None
 
     def encode_text(self) -> Any:
         """What the model makes of the text, kept; None if it has no `encode_text`."""
         encode_text = getattr(self.model, "encode_text", None)
         if self._text_cache is None and encode_text is not None:
-            self._text_cache = encode_text(self.embeds, self.mask)
+            whole = self._part_of and self._part_of._text_cache
+            if hasattr(whole, "last"):
+                self._text_cache = whole.last(len(self.embeds))
+            else:
+                self._text_cache = encode_text(self.embeds, self.mask)
         return self._text_cache
 
     def __call__(self, x: Tensor, t: float, perturbed_blocks: tuple[int, ...] = ()) -> Tensor:

@@ -27,6 +27,16 @@ class TextCache:
         """B."""
         return len(self.blocks[0][0])
 
+    def last(self, count: int) -> "TextCache":
+        """Of the last `count` texts of the batch, as views."""
+        blocks = (
+            FoldedText(*(x[-count:] for x in block))
+            if isinstance(block, FoldedText)
+            else tuple(x[-count:] for x in block)
+            for block in self.blocks
+        )
+        return TextCache(tuple(blocks), None if self.mask is None else self.mask[-count:])
+
 
 @dataclass(frozen=True, slots=True)
 class TimeCache:

@@ -151,8 +151,10 @@ def position_embedding(
     base_size: int | None,
     interpolation: float,
     device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float64,
+    known: dict[tuple, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The two-dimensional sine-cosine table of the 2K and 4K models, (h w, D) in float64.
+    """The two-dimensional sine-cosine table of the 2K and 4K models, (h w, D), computed in float64.
 
     The first D/2 channels encode the column j at coordinate j / (w / base) / interpolation, the last D/2 the
     row likewise; each half is [sin, cos] of the coordinate times w_k = 10000^(-k / (D/4)).
@@ -161,11 +163,19 @@ def position_embedding(
         grid: (h, w) in tokens.
         base_size: tokens a side at the training size; None takes the grid's own sides.
         interpolation: divides the coordinates (`pe_interpolation`).
+        known: axes that were made with the same settings, and where new ones are put: a few hundred KiB for each length.
     """
     height, width = grid
-    rows, columns = (
-        _axis_embedding(hidden_size // 2, n, base_size or n, interpolation, device) for n in (height, width)
-    )
+
+    def axis(size: int) -> torch.Tensor:
+        return _axis_embedding(hidden_size // 2, size, base_size or size, interpolation, device).to(dtype)
+
+    def axis_once(size: int) -> torch.Tensor:
+        if (key := (size, device, dtype)) not in known:
+            known[key] = axis(size)
+        return known[key]
+
+    rows, columns = map(axis if known is None else axis_once, grid)
     table = torch.cat([columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
     return table.flatten(0, 1)
 

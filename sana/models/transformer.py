@@ -175,6 +175,7 @@ class SanaTransformer(nn.Module):
         self.config = config
         recomputed = config.depth if config.checkpointed_blocks is None else config.checkpointed_blocks
         self.checkpointed = range(recomputed if config.gradient_checkpointing else 0)
+        self._axes: dict[tuple, torch.Tensor] = {}  # of the position embedding: in no checkpoint
         dim = config.hidden_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -388,8 +389,11 @@ class SanaTransformer(nn.Module):
             base_size=self.config.pe_base_size,
             interpolation=self.config.pe_interpolation,
             device=x.device,
+            dtype=self.dtype,
+            # Inside a compiled graph, what is kept outside would make it compile again for each size.
+            known=None if torch.compiler.is_compiling() else self._axes,
         )
-        return x + table.to(self.dtype)
+        return x + table
 
     def _embed_text(
         self,

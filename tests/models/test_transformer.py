@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
+from sana.models import layers
 from sana.models.attention import FoldedText
 from sana.models.layers import position_embedding, timestep_features
 from sana.models.transformer import SanaTransformer, TransformerConfig
@@ -36,6 +37,34 @@ def test_position_embedding_without_base_counts_tokens():
     table = position_embedding(8, (3, 5), base_size=None, interpolation=1.0).unflatten(0, (3, 5))
     torch.testing.assert_close(table[0, :, 0], torch.arange(5.0, dtype=torch.float64).sin())
     torch.testing.assert_close(table[:, 0, 4], torch.arange(3.0, dtype=torch.float64).sin())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_computed_once_for_each_length(dtype, monkeypatch):
+    """To the bit the table that is computed anew; in no checkpoint, and of use to training after inference."""
+    model, made, axis = build(use_pe=True, pe_base_size=4).to(dtype), [], layers._axis_embedding
+    monkeypatch.setattr(layers, "_axis_embedding", lambda *given: made.append(given[1]) or axis(*given))
+    grids = ((4, 6), (6, 4), (4, 6), (5, 4))
+    latents = [inputs(model.config, grid)["latents"].to(dtype) for grid in grids]
+    with torch.inference_mode():
+        tokens = list(map(model._embed_latents, latents, grids))
+    assert made == [4, 6, 5]
+    for grid, given, embedded in zip(grids, latents, tokens, strict=True):
+        table = position_embedding(SMALL["hidden_size"], grid, base_size=4, interpolation=1.0).to(dtype)
+        assert torch.equal(embedded, model.x_embedder(given) + table)
+    model._embed_latents(latents[0], grids[0]).sum().backward()
+    assert not any("axes" in key for key in model.state_dict())
+
+
+def test_a_compiled_network_computes_positions_itself():
+    model = build(use_pe=True, pe_base_size=4)
+    arguments = inputs(model.config, (4, 6))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close("compiled", compiled(**arguments), model(**arguments), rel_rms=1e-6)
+        model._axes.clear()
+        compiled(**arguments)
+    assert not model._axes
 
 
 def test_timestep_features_are_float32_under_autocast():
@@ -183,6 +212,8 @@ def test_text_cache_gives_the_same_output(tokens):
         assert_close(
             "cached", model(*call, text_cache=cache), model(**arguments), rel_rms=1e-6
         )  # measured: 2.2e-7
+        part = model(*(x[-2:] for x in call[:2]), None, text_cache=cache.last(2))
+        assert_close("last two", part, model(**arguments)[-2:], rel_rms=1e-6)
         unmasked = model.encode_text(arguments["text_embeds"])
         without = model(*call, text_cache=unmasked, perturbed_blocks=[0])
         reference = model(**{**arguments, "text_mask": None}, perturbed_blocks=[0])
