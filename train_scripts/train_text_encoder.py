@@ -21,6 +21,9 @@ def make_parser() -> Parser:
     parser.add_argument("--batch_size", type=at_least(1), default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--config", default=CONFIG, help="its text_encoder.chi_prompt is the instruction")
+    parser.add_argument(
+        "--load_from", type=Path, help="a text encoder to go on from, with its tokenizer and its size"
+    )
     parser.add_argument("--vocabulary", type=at_least(310), default=640, help="tokens; 260 of them are fixed")
     parser.add_argument("--hidden_size", type=at_least(8), default=128)
     parser.add_argument("--layers", type=at_least(1), default=4)
@@ -39,9 +42,12 @@ def run(args: Namespace) -> None:
     logging.configure()
     chi = "\n".join(load_config(args.config).text_encoder.chi_prompt)
     torch.manual_seed(args.seed)
-    texts = ["".join(text_encoder.training_text(i, chi)) for i in range(20000)]
-    tokenizer = text_encoder.train_tokenizer(texts, args.vocabulary)
-    model = text_encoder.build_language_model(tokenizer, hidden_size=args.hidden_size, layers=args.layers)
+    if args.load_from:
+        model, tokenizer = text_encoder.load(args.load_from)
+    else:
+        texts = ["".join(text_encoder.training_text(i, chi)) for i in range(20000)]
+        tokenizer = text_encoder.train_tokenizer(texts, args.vocabulary)
+        model = text_encoder.build_language_model(tokenizer, hidden_size=args.hidden_size, layers=args.layers)
     text_encoder.train_language_model(
         model, tokenizer, chi, steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed
     )

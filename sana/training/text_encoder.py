@@ -11,22 +11,29 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from torch.nn import functional
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from sana.shapes.captions import caption, describe
-from sana.shapes.splits import training_scene
+from sana.shapes.captions import caption, describe, noun_phrase, place
+from sana.shapes.scene import Scene
+from sana.shapes.splits import training_scene, validation_scene
 from sana.utils.logging import get_logger
 from sana.utils.seeding import derive_seed
 
 log = get_logger(__name__)
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # in Gemma's order
+WINDOW = 16
+"""Batches whose texts are sorted by length together."""
+Row = tuple[list[int], bool]
+"""Tokens of a text, and whether it begins with the instruction."""
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,▁\n"
 
 
@@ -85,6 +92,20 @@ def build_language_model(
     return Gemma2ForCausalLM(config)
 
 
+def load(folder: Path) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
+    """(model in float32, tokenizer) of a transformers folder on this disk.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no text encoder in {folder}: it has no config.json")
+    return (
+        Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
+
+
 def training_text(index: int, chi: str) -> tuple[str, str]:
     """Text number `index` as (what is given, what follows it): mostly instruction + caption, then the description.
 
@@ -124,12 +145,8 @@ def train_language_model(
     losses: list[float] = []
     began = time.perf_counter()
     model.train()
-    for step in range(steps):
-        first = (seed * steps + step) * batch_size
-        tokens, labels = _batch(
-            tokenizer, [training_text(first + i, chi) for i in range(batch_size)], instruction
-        )
-        tokens, labels = tokens.to(model.device), labels.to(model.device)
+    for step, rows in enumerate(_similar_batches(tokenizer, chi, seed, steps, batch_size)):
+        tokens, labels = (part.to(model.device) for part in _batch(tokenizer, rows, instruction))
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             loss = model(
                 input_ids=tokens, attention_mask=(tokens != tokenizer.pad_token_id).long(), labels=labels
@@ -146,20 +163,88 @@ def train_language_model(
             log.info(
                 "step %d / %d  loss %.4f  %.0f texts/s", step + 1, steps, sum(recent) / len(recent), rate
             )
+        if (step + 1) % (10 * log_every) == 0 or step + 1 == steps:
+            shares = binding(model, tokenizer, chi)
+            log.info("binding (0.5 is chance): colours %(colours).2f  places %(places).2f", shares)
     return losses
 
 
+def _similar_batches(
+    tokenizer: PreTrainedTokenizerFast, chi: str, seed: int, steps: int, batch_size: int
+) -> Iterator[list[Row]]:
+    """`steps` batches of texts of similar length, in random order: half of a batch of unsorted ones would be padding."""
+    for window in range(0, steps, WINDOW):
+        number = min(WINDOW, steps - window)
+        first = (seed * steps + window) * batch_size
+        texts = [training_text(first + i, chi) for i in range(number * batch_size)]
+        rows = [
+            (tokenizer.encode(given + follows) + [tokenizer.eos_token_id], bool(given))
+            for given, follows in texts
+        ]
+        rows.sort(key=lambda row: len(row[0]))
+        order = random.Random(derive_seed("order of batches", seed, window)).sample(range(number), number)
+        for i in order:
+            yield rows[i * batch_size : (i + 1) * batch_size]
+
+
 def _batch(
-    tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str]], instruction: int
+    tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], instruction: int
 ) -> tuple[Tensor, Tensor]:
     """(ids, labels), each (B, L); labels are -100 on padding and on the first `instruction` tokens where there is one."""
-    rows = [tokenizer.encode(given + follows) + [tokenizer.eos_token_id] for given, follows in texts]
-    ids = torch.tensor(list(itertools.zip_longest(*rows, fillvalue=tokenizer.pad_token_id))).T.contiguous()
+    padded = itertools.zip_longest(*(row for row, _ in rows), fillvalue=tokenizer.pad_token_id)
+    ids = torch.tensor(list(padded)).T.contiguous()
     labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-    for label, (given, _) in zip(labels, texts, strict=True):
-        if given:
+    for label, (_, instructed) in zip(labels, rows, strict=True):
+        if instructed:
             label[:instruction] = -100
     return ids, labels
+
+
+@torch.no_grad()
+def binding(
+    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, chi: str, *, pairs: int = 128
+) -> dict[str, float]:
+    """How often the true description of a held-out pair is likelier than one with "colours" or "places" exchanged.
+
+    0.5 is chance: of a model that knows which words a caption has, but not what they belong to. The transformer can then
+    hardly learn it either.
+    """
+    told, wrong = [], {"colours": [], "places": []}
+    scenes = (validation_scene(i) for i in itertools.count())
+    for scene in itertools.islice(filter(_is_telling, scenes), pairs):
+        a, b = scene.objects
+        one, other = (noun_phrase(group) for group in scene.groups)
+        given = f"{chi}{one} {scene.relation} {other}"
+        told.append((given, describe(scene)))
+        recoloured = replace(a, colour=b.colour), replace(b, colour=a.colour)
+        wrong["colours"].append((given, describe(replace(scene, objects=recoloured))))
+        moved = replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
+        wrong["places"].append((given, describe(replace(scene, objects=moved))))
+
+    def likelihoods(texts: list[tuple[str, str]]) -> Tensor:
+        """Log-likelihood of each description after its caption, (pairs,)."""
+        rows = [(tokenizer.encode(f"{given}\n{follows}"), False) for given, follows in texts]
+        ids, labels = (part.to(model.device) for part in _batch(tokenizer, rows, 0))
+        for label, (given, _) in zip(labels, texts, strict=True):
+            label[: len(tokenizer.encode(given))] = -100
+        scores = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits.float()
+        losses = functional.cross_entropy(scores[:, :-1].mT, labels[:, 1:], reduction="none")
+        return -losses.sum(1)
+
+    was_training = model.training
+    model.eval()
+    true = likelihoods(told)
+    shares = {what: (true > likelihoods(texts)).float().mean().item() for what, texts in wrong.items()}
+    model.train(was_training)
+    return shares
+
+
+def _is_telling(scene: Scene) -> bool:
+    """Whether its caption tells its two objects apart by shape and colour, and its description by place."""
+    if scene.relation is None:
+        return False
+    a, b = scene.objects
+    return a.shape != b.shape and a.colour != b.colour and place(a.x, a.y) != place(b.x, b.y)
 
 
 def save(

@@ -1,11 +1,15 @@
 """Training of the autoencoder and of the text encoder: each learns, stops and goes on, and leaves what can be loaded."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sana.data.shapes import ShapesDataset
 from sana.models.autoencoder import Autoencoder
 from sana.models.text_encoder import TextEncoder
+from sana.shapes.captions import describe, noun_phrase
+from sana.shapes.splits import validation_scene
 from sana.training import text_encoder
 from sana.training.autoencoder import AutoencoderTrainer, AutoencoderTraining
 from tests.factories import make_autoencoder
@@ -134,8 +138,55 @@ def test_language_model_learns_and_loads_as_a_text_encoder(tokenizer, tmp_path):
 def test_instruction_is_not_learnt(tokenizer):
     """Labels begin where the prompt does; a bare caption has labels throughout."""
     length = len(tokenizer.encode(CHI)) - 1
-    ids, labels = text_encoder._batch(tokenizer, [(CHI + "red star", "\nred"), ("", " red")], length)
+    rows = [(tokenizer.encode(CHI + "red star\nred"), True), (tokenizer.encode(" red"), False)]
+    ids, labels = text_encoder._batch(tokenizer, rows, length)
     assert (labels[0, :length] == -100).all() and labels[0, length] == ids[0, length]
     assert tokenizer.convert_ids_to_tokens(ids[0, length].item()) == "▁red"
-    assert labels[1, :3].tolist() == [tokenizer.bos_token_id, *ids[1, 1:3].tolist()]
-    assert (labels[1, 3:] == -100).all()
+    assert labels[1, :2].tolist() == ids[1, :2].tolist()
+    assert ids[1, 0] == tokenizer.bos_token_id and (labels[1, 2:] == -100).all()
+
+
+def test_batches_hold_each_text_once_and_little_padding(tokenizer):
+    batches = list(text_encoder._similar_batches(tokenizer, CHI, seed=3, steps=20, batch_size=8))
+    assert [len(rows) for rows in batches] == [8] * 20
+    texts = ["".join(text_encoder.training_text(3 * 20 * 8 + i, CHI)) for i in range(160)]
+    expected = sorted([*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)
+    assert sorted(row for rows in batches for row, _ in rows) == expected
+    length, longest = (sum(of(len(row) for row, _ in rows) for rows in batches) for of in (sum, max))
+    assert length > 0.8 * 8 * longest
+
+
+class Memory(torch.nn.Module):
+    """A language model that expects each of its texts, `weight` strong, and nothing else."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, texts, weight, vocabulary):
+        super().__init__()
+        self.texts, self.weight, self.vocabulary = texts, weight, vocabulary
+
+    def forward(self, input_ids, attention_mask):
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        for row, ids in zip(logits, input_ids.tolist(), strict=True):
+            for text in self.texts:
+                for i in range(len(text) - 1):
+                    if ids[: i + 1] == text[: i + 1]:
+                        row[i, text[i + 1]] = self.weight
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(("weight", "share"), [(5.0, 1.0), (-5.0, 0.0)])
+def test_binding_is_the_share_of_true_descriptions(tokenizer, weight, share):
+    told = []
+    for i in range(200):
+        scene = validation_scene(i)
+        if len(scene.objects) == 2 and scene.relation:
+            one, other = (noun_phrase(group) for group in scene.groups)
+            told.append(tokenizer.encode(f"{CHI}{one} {scene.relation} {other}\n{describe(scene)}"))
+    found = text_encoder.binding(Memory(told, weight, len(tokenizer)), tokenizer, CHI, pairs=12)
+    assert found == {"colours": share, "places": share}
+
+
+def test_a_folder_without_a_text_encoder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no text encoder in"):
+        text_encoder.load(tmp_path)
