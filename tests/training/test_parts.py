@@ -1,5 +1,6 @@
 """Training of the autoencoder and of the text encoder: each learns, stops and goes on, and leaves what can be loaded."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from sana.data.shapes import ShapesDataset
 from sana.models.autoencoder import Autoencoder
 from sana.models.text_encoder import TextEncoder
-from sana.shapes.captions import describe, noun_phrase
-from sana.shapes.splits import validation_scene
+from sana.shapes.captions import noun_phrase
+from sana.shapes.scene import OPPOSITE, SHAPES
+from sana.shapes.splits import training_scene
 from sana.training import text_encoder
 from sana.training.autoencoder import AutoencoderTrainer, AutoencoderTraining
 from tests.factories import make_autoencoder
 
+RELATED = r"({0}) (left|right) of an? (?:\w+ )*?({0})".format("|".join(SHAPES))
 CHI = "Describe the scene. Prompt: "
 PICTURES = torch.stack([ShapesDataset(64, 8).image(i) for i in range(8)])
 
@@ -96,7 +99,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer():
     return text_encoder.train_tokenizer(
-        ["".join(text_encoder.training_text(i, CHI)) for i in range(500)], vocabulary=500
+        ["".join(text_encoder.training_text(i, CHI)) for i in range(500)], vocabulary=640
     )
 
 
@@ -135,22 +138,43 @@ def test_language_model_learns_and_loads_as_a_text_encoder(tokenizer, tmp_path):
     assert features.mask.sum(dim=1).tolist() == [4, 3]  # BOS and the words
 
 
-def test_instruction_is_not_learnt(tokenizer):
-    """Labels begin where the prompt does; a bare caption has labels throughout."""
-    length = len(tokenizer.encode(CHI)) - 1
-    rows = [(tokenizer.encode(CHI + "red star\nred"), True), (tokenizer.encode(" red"), False)]
-    ids, labels = text_encoder._batch(tokenizer, rows, length)
-    assert (labels[0, :length] == -100).all() and labels[0, length] == ids[0, length]
-    assert tokenizer.convert_ids_to_tokens(ids[0, length].item()) == "▁red"
-    assert labels[1, :2].tolist() == ids[1, :2].tolist()
-    assert ids[1, 0] == tokenizer.bos_token_id and (labels[1, 2:] == -100).all()
+def test_what_is_given_is_not_learnt(tokenizer):
+    rows = [
+        text_encoder.row_of(tokenizer, CHI + "red star", "\nred"),
+        text_encoder.row_of(tokenizer, "", " red"),
+    ]
+    given = len(tokenizer.encode(CHI + "red star"))
+    assert rows[0][1] == given and tokenizer.decode(rows[0][0][given:]) == "\nred" and rows[1][1] == 0
+    ids, labels = text_encoder._batch(tokenizer, rows)
+    assert (labels[0, :given] == -100).all() and torch.equal(labels[0, given:], ids[0, given:])
+    assert ids[1, 0] == tokenizer.bos_token_id and labels[1, :2].tolist() == ids[1, :2].tolist()
+    assert (labels[1, 2:] == -100).all()
+
+
+def test_retelling_and_second_description_say_the_same_in_any_order():
+    orders, relations = set(), set()
+    for i in range(200):
+        given, follows = text_encoder.training_text(i, CHI)
+        if not given:
+            continue
+        assert given.startswith(CHI)
+        retold, first, second = follows.removeprefix("\n").split("\n")
+        parts = [sorted(re.split(r", on | and |, ", text)) for text in (first, second)]
+        assert parts[0] == parts[1], follows
+        orders.add(first == second)
+        said, plain = (re.search(RELATED, text) for text in (retold, given))
+        if said and plain:
+            same = said[2] == plain[2]
+            assert (said[1], said[3]) == ((plain[1], plain[3]) if same else (plain[3], plain[1]))
+            relations.add(same)
+    assert orders == relations == {True, False}
 
 
 def test_batches_hold_each_text_once_and_little_padding(tokenizer):
     batches = list(text_encoder._similar_batches(tokenizer, CHI, seed=3, steps=20, batch_size=8))
     assert [len(rows) for rows in batches] == [8] * 20
-    texts = ["".join(text_encoder.training_text(3 * 20 * 8 + i, CHI)) for i in range(160)]
-    expected = sorted([*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts)
+    texts = [text_encoder.training_text(3 * 20 * 8 + i, CHI) for i in range(160)]
+    expected = sorted(text_encoder.row_of(tokenizer, *text)[0] + [tokenizer.eos_token_id] for text in texts)
     assert sorted(row for rows in batches for row, _ in rows) == expected
     length, longest = (sum(of(len(row) for row, _ in rows) for rows in batches) for of in (sum, max))
     assert length > 0.8 * 8 * longest
@@ -176,13 +200,15 @@ class Memory(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("weight", "share"), [(5.0, 1.0), (-5.0, 0.0)])
-def test_binding_is_the_share_of_true_descriptions(tokenizer, weight, share):
+def test_binding_is_the_share_of_true_retellings(tokenizer, weight, share):
     told = []
-    for i in range(200):
-        scene = validation_scene(i)
-        if len(scene.objects) == 2 and scene.relation:
+    for i in range(100):
+        scene = training_scene(text_encoder._SCENES + i)
+        if scene.relation:
             one, other = (noun_phrase(group) for group in scene.groups)
-            told.append(tokenizer.encode(f"{CHI}{one} {scene.relation} {other}\n{describe(scene)}"))
+            given = f"{CHI}{one} {scene.relation} {other}"
+            retold = f"\n{other} {OPPOSITE[scene.relation]} {one}"
+            told.append(text_encoder.row_of(tokenizer, given, retold)[0])
     found = text_encoder.binding(Memory(told, weight, len(tokenizer)), tokenizer, CHI, pairs=12)
     assert found == {"colours": share, "places": share}
 
