@@ -54,6 +54,14 @@ def test_jobs_run_in_order_beside_the_block_and_few_wait():
     assert len(threads) == 1 and threading.current_thread() not in threads
 
 
+def test_the_thread_is_there_before_the_first_job():
+    """Later there may be no memory for it, which Python would wait for ever."""
+    before = set(threading.enumerate())
+    with Background():
+        [thread] = set(threading.enumerate()) - before
+        assert thread.name.startswith("background")
+
+
 def test_a_job_that_raises_ends_the_block():
     ran = []
     with pytest.raises(KeyError, match="broken"), Background() as background:

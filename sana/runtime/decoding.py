@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,9 @@ TILES = (1024, 512, 256)
 """Pixels a side, tried one after the other; smaller ones would show at their edges."""
 
 logger = get_logger(__name__)
+
+
+_shortages: ContextVar[list[Attempt]] = ContextVar("shortages")
 
 
 class DecodeError(MemoryError):
@@ -44,6 +49,17 @@ class Attempt:
         if self.tile is not None:
             return f"{how}, tiles of {self.tile} pixels"
         return how if self.max_bytes is None else f"{how}, strips of {self.max_bytes / 2**20:.0f} MiB"
+
+
+@contextmanager
+def shortages() -> Iterator[list[Attempt]]:
+    """Within the block, with what else `decode` succeeded where it could not as it was asked to."""
+    found: list[Attempt] = []
+    token = _shortages.set(found)
+    try:
+        yield found
+    finally:
+        _shortages.reset(token)
 
 
 def decode(
@@ -71,11 +87,15 @@ def decode(
                 autoencoder.decode(part, max_bytes=attempt.max_bytes, tile=attempt.tile)
                 for part in latents.split(attempt.images)
             ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = attempt
+        else:
+            if failed is not None:
+                _shortages.get([]).append(attempt)
+            return pixels
     free_memory()
     message = f"out of memory while decoding {size[0]} x {size[1]}, at last with {failed}"
     raise DecodeError(message, latents.detach().cpu())

@@ -66,6 +66,8 @@ class Keeper:
                 f"its latents are in {left}" if left else "nothing is left of it",
             )
             row |= {"error": error} | ({"latents": left.name} if left else {})
+        elif drawn.decoded:
+            row["decoded"] = drawn.decoded
         self.part.add(row)
 
     def _picture(self, row: Row) -> Picture:

@@ -355,12 +355,18 @@ def available(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     info = dict(line.split(":") for line in _MEMINFO.read_text(encoding="ascii").splitlines())
     free = int(info["MemAvailable"].split()[0]) * 1024
-    most, used, parts = (_CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
-    if most.is_file() and (text := most.read_text(encoding="ascii").strip()) != "max":
-        kept = dict(line.split() for line in parts.read_text(encoding="ascii").splitlines())
+    for most, used, below in (
+        ("memory.max", "memory.current", ""),  # version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),  # version 1
+    ):
+        limit = _CGROUP / most
+        if not limit.is_file() or (text := limit.read_text(encoding="ascii").strip()) == "max":
+            continue
+        parts = limit.with_name("memory.stat").read_text(encoding="ascii")
+        kept = dict(line.split() for line in parts.splitlines())
         # What was read of files counts as used, but is given up when memory is wanted.
-        cache = int(kept["active_file"]) + int(kept["inactive_file"])
-        free = min(free, int(text) - int(used.read_text(encoding="ascii")) + cache)
+        cache = int(kept[f"{below}active_file"]) + int(kept[f"{below}inactive_file"])
+        free = min(free, int(text) - int((_CGROUP / used).read_text(encoding="ascii")) + cache)
     return free
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from sana.runtime.decoding import shortages
 from sana.runtime.stages import PromptFeatures
 from sana.utils.logging import get_logger
 from sana.utils.oom import free_memory
@@ -39,6 +40,9 @@ class Background:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
 
     def __enter__(self) -> Background:
+        # Now, while there is memory for it: Python waits for ever for a thread that finds none to begin with, and the C
+        # library ends the process if a library's data of a thread find none.
+        self.submit(_use_libraries)
         return self
 
     def __exit__(
@@ -71,6 +75,11 @@ class Background:
             raise self._failed
 
 
+def _use_libraries() -> None:
+    """What a job begins with: PyTorch takes memory for each thread that uses it."""
+    torch.zeros(1).isfinite().all()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """What became of a task."""
@@ -80,6 +89,8 @@ class Drawn:
     latents: Tensor | None
     """(1, C, h, w): what the picture was decoded from, or, where there is none, how far it got."""
     error: str = ""
+    decoded: str = ""
+    """How, where memory did not suffice for the way asked for."""
 
 
 def stream(
@@ -159,7 +170,8 @@ def _decoded(
 ) -> Iterator[Drawn]:
     """The pictures of a batch; what was drawn stays where they cannot be had."""
     try:
-        pictures, reason = decode(batch, latents), ""
+        with shortages() as ways:
+            pictures, reason = decode(batch, latents), ""
     except (ArithmeticError, MemoryError) as error:
         pictures, reason = [None] * len(batch), str(error)
     for row, (task, picture) in enumerate(zip(batch, pictures, strict=True)):
@@ -167,4 +179,6 @@ def _decoded(
         if picture is None and len(batch) > 1:  # another of them may be at fault
             yield from _decoded([task], own, decode)
         else:
-            yield Drawn(task=task, picture=picture, latents=own, error=reason)
+            yield Drawn(
+                task=task, picture=picture, latents=own, error=reason, decoded=", ".join(map(str, ways))
+            )

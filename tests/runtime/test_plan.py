@@ -222,6 +222,14 @@ def test_what_a_container_has_left(monkeypatch, tmp_path):
     for limit, expected in (("max", 8000 * 1024), ("6000000", 4000000), ("90000000", 8000 * 1024)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert plan.available(CPU) == expected
+    old = tmp_path / "memory"
+    old.mkdir()
+    (old / "memory.usage_in_bytes").write_text("5000000\n")
+    own = "active_file 1\ninactive_file 1\n"
+    (old / "memory.stat").write_text(f"{own}total_active_file 1000000\ntotal_inactive_file 2000000\n")
+    for limit, expected in ((2**63 - 4096, 8000 * 1024), (6000000, 4000000)):  # the first is none
+        (old / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        assert plan.available(CPU) == expected
     monkeypatch.setattr(plan, "_MEMINFO", tmp_path / "nowhere")
     monkeypatch.setattr(plan, "_STATM", tmp_path / "nowhere")
     assert plan.available(CPU) > 2**28 and plan.held() == 0
