@@ -4,7 +4,6 @@ import logging
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -19,6 +18,7 @@ from sana.config import dump_config, load_config
 from sana.utils import hub, images
 from sana.utils.hub import ROOT
 from tests.factories import write_model
+from tests.ports import free_port
 
 SCRIPT = ROOT / "scripts/inference.py"
 FAST = ("--step=2", "--height=64", "--width=64")
@@ -378,9 +378,7 @@ def test_three_processes_write_the_files_of_one(config, tmp_path, batch_size):
     (tmp_path / "p.txt").write_text(
         "a red circle\nthree blue stars\na heart --ar 1:4\na ring\n\ntwo crosses\na star\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     common = [str(SCRIPT), f"--config={config}", "--txt_file=p.txt", f"--bs={batch_size}"]
     common += ["--step=2", "--device=cpu"]
     one = processes(sys.executable, *common, "--work_dir=one", folder=tmp_path)

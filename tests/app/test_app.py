@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from sana.data.prompts import read_picture
 from sana.utils import images
 from sana.utils.hub import ROOT
 from tests.app import browser as web
+from tests.ports import free_port
 
 # Gradio's queue counts its calls with options that pandas is giving up.
 pytestmark = [
@@ -203,9 +203,7 @@ def test_a_withheld_image_is_said_to_be_withheld(served, monkeypatch):
 @pytest.mark.slow  # starting takes about 10 s of an idle core
 def test_entry_point(tmp_path):
     """No arguments: the embedded model, on the port in the environment; Ctrl-C ends it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
         environment = os.environ | {"DEMO_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -226,7 +224,7 @@ def test_entry_point(tmp_path):
         )
         assert len(drawn) == 1
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) in (0, 130)
+        assert process.wait(60) in (0, 130)
         assert "Traceback" not in log.read_text()
     finally:
         process.kill()

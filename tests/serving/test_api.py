@@ -5,7 +5,6 @@ import io
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from sana.serving.engine import Engine
 from sana.serving.safety import Safety
 from sana.utils.hub import ROOT
 from tests.factories import make_tokenizer, write_model
+from tests.ports import free_port
 
 URL = "/v1/images/generations"
 FAST = {"steps": 2, "size": "128x128"}  # drawn at 256 x 256, the only size of the model's table
@@ -334,9 +334,7 @@ def test_what_is_no_safety_model(tmp_path, config):
 @pytest.fixture
 def server(config, tmp_path):
     """`scripts/serve.py` in a process of its own: (its address, the process, its log)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path / "log.txt"
     flags = (
         f"--config={config}",

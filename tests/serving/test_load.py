@@ -5,7 +5,6 @@ import io
 import itertools
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from sana.shapes.detector import MIN_SCORE, detect
 from sana.shapes.palette import COLOURS
 from sana.shapes.scene import SHAPES
 from sana.utils.hub import ROOT
+from tests.ports import free_port
 
 REQUESTS, AT_ONCE, STEPS = 200, 16, 4
 MAX_LEVELS = 1
@@ -30,9 +30,7 @@ MAX_LEVELS = 1
 @pytest.fixture
 def address(tmp_path):
     """The server of a user: Sana-tiny, default flags but for the port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
         command = [sys.executable, "scripts/serve.py", f"--port={port}", "--device=cpu"]

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,6 +13,7 @@ from sana.config import SanaConfig, load_config
 from sana.models.transformer import TransformerConfig
 from sana.models.zoo import TRANSFORMERS
 from sana.training.trainer import Trainer
+from tests.ports import free_port
 
 NAME = "SanaMS_Micro_P1_D1"
 CONFIG = TransformerConfig(depth=1, hidden_size=32, num_heads=2)
@@ -91,9 +91,7 @@ def start_group(
     count: int, model: Path, work_dir: Path, more: tuple[str, ...] = (), prepare: Callable | None = None
 ) -> list[BaseProcess]:
     """`run` in `count` processes that share the work by gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         start(model, work_dir, more, prepare, None, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

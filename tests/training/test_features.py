@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from sana.training.features import CachedTextEncoder
 from sana.training.tracker import read_history
 from tests.factories import write_model
 from tests.numerics import assert_close
+from tests.ports import free_port
 from tests.training import micro
 from tests.training.cached import COUNT, config, encoded, files, forbid_encoders, more, write_pictures
 
@@ -176,9 +176,7 @@ def whole(model, pictures, tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_two_processes_make_the_same_files(model, pictures, whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     # accelerate gives each process its share of the threads, and more than one add up in another order.
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     processes = []
@@ -298,7 +296,7 @@ def test_the_real_commands(model, pictures, tmp_path):
         full = [sys.executable, *command, *keys]
         return subprocess.run(full, cwd=ROOT, capture_output=True, text=True, env=environment)
 
-    shared = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29433")
+    shared = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
     result = ran(*shared, "scripts/extract_features.py")
     assert result.returncode == 0, result.stderr[-2000:]
     line = f"{tmp_path / 'features'}: {2 * COUNT + 5} features in "

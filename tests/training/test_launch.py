@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sana.training.tracker import read_history
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WAITS = """
@@ -25,7 +26,7 @@ def launch(script: Path) -> subprocess.Popen:
         "-m",
         "sana.training.launch",
         "--nproc_per_node=1",
-        "--master_port=29433",
+        f"--master_port={free_port()}",
         script,
     ]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -64,7 +65,12 @@ def test_two_machines(tmp_path):
         ),
         *("--train.feature_cache_dir=", "--train.ema_update=false", "--report_to=none"),
     ]
-    shared = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29434", "OMP_NUM_THREADS": "1"}
+    shared = {
+        "NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     nodes = [
         subprocess.Popen(
             ["bash", "train_scripts/train.sh", *words],
