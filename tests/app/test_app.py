@@ -221,6 +221,8 @@ def test_entry_point(tmp_path):
             stdout=file,
             stderr=file,
             env=environment,
+            # Tests that run in the background of a shell would hand on that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         wait_for(lambda: "up in" in log.read_text() or process.poll() is not None, 120)
