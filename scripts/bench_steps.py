@@ -62,8 +62,8 @@ def run(args: Namespace, overrides: list[str]) -> None:
             benchmark.draw(pipeline, prompts, folder, settings, batch_size=args.bs)
             if distributed.is_main():
                 records = benchmark.score(benchmark.find_images(folder, prompts))
-                values[sampler][str(steps)] = summarise(records)
-                print(f"{sampler:16} {steps:3} steps  {summarise(records)['overall']:.3f}", flush=True)
+                values[sampler][str(steps)] = summary = summarise(records)
+                print(f"{sampler:16} {steps:3} steps  {summary['overall']:.3f}", flush=True)
     if not distributed.is_main():
         return
     images = len(prompts) * IMAGES_PER_PROMPT

@@ -73,7 +73,8 @@ def tables(reports: Sequence[Report]) -> str:
     for machine in dict.fromkeys(map(_machine, reports)):
         own = [report for report in reports if _machine(report) == machine]
         options, operations = (
-            [report for report in own if report["metric"] == metric] for metric in _METRICS[2:]
+            [report for report in own if report["metric"] == metric]
+            for metric in ("options", "fused operations")
         )
         origins = ", ".join(dict.fromkeys(map(_origin, own)))
         lines = [f"{machine}; commit {origins}, with + if there were changes on top.", ""]

@@ -3,6 +3,7 @@
 Attributes are left out at random, as in a user's prompt; a caption is always true of its scene.
 """
 
+import itertools
 import random
 
 from sana.shapes.scene import OPPOSITE, Group, Scene
@@ -107,6 +108,17 @@ def _join(scene: Scene, phrases: list[str], rng: random.Random, varied: bool) ->
         words = rng.choice(_RELATIONS[relation]) if varied else relation
         return f"{phrases[0]} {words} {phrases[1]}"
     return (rng.choice(_JOINTS) if varied else _JOINTS[0]).format(*phrases)
+
+
+def says(scene: Scene, text: str) -> tuple[bool, bool]:
+    """Whether `text`, a caption of `scene`, names (the colours of the objects, how the two of a pair stand to each other).
+
+    The full description tells the places of both, and so the relation, without a word for it.
+    """
+    colours = all(f"{group.colour} {group.shape}" in text for group in scene.groups)
+    words = itertools.chain.from_iterable(_RELATIONS.values())
+    related = text == describe(scene) or any(f" {word} " in text for word in words)
+    return colours, scene.relation is not None and related
 
 
 def describe(scene: Scene) -> str:

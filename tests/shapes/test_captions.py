@@ -1,11 +1,12 @@
 """Captions are true of their scene, vary, and speak the language of a user's plain prompts."""
 
+import itertools
 import random
 import re
 
 import pytest
 
-from sana.shapes.captions import KINDS, caption, describe, noun_phrase, place, with_article
+from sana.shapes.captions import KINDS, caption, describe, noun_phrase, place, says, with_article
 from sana.shapes.palette import COLOURS
 from sana.shapes.scene import OPPOSITE, SHAPES, Group
 from sana.shapes.splits import training_scene
@@ -64,6 +65,18 @@ def test_relations_are_true_in_the_order_of_naming():
         assert said == [scene.relation if is_first else OPPOSITE[scene.relation]], text
         checked += 1
     assert checked > 200
+
+
+def test_says_knows_what_a_caption_tells():
+    told = set()
+    for scene, kind, text in ALL:
+        words = [word for _, found, _ in phrases(text) for word in found]
+        coloured = all(group.colour in words for group in scene.groups)
+        related = any(re.search(rf"\b{word}\b", text) for word in itertools.chain(*WORDS.values()))
+        found = says(scene, text)
+        assert found == (coloured, scene.relation is not None and (kind == "long" or related)), text
+        told.add(found)
+    assert len(told) == 4
 
 
 def test_a_background_that_is_named_is_the_scene_s():

@@ -182,13 +182,8 @@ def test_the_real_command_in_two_processes(model, tmp_path):
     """torchrun and train_scripts/train.py, on the smallest model of the zoo; SIGTERM to torchrun saves."""
     more = [text for text in micro.settings(model, tmp_path) if not text.startswith("--model.model")]
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            f"--master_port={free_port()}",
-        ),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+        f"--master_port={free_port()}",
         *("train_scripts/train.py", f"--config_path={model}", "--resume_from=latest", *more, share(2)),
         "--train.log_interval=1",
     ]
