@@ -45,8 +45,10 @@ def run(args: Namespace) -> None:
     if args.load_from:
         model, tokenizer = text_encoder.load(args.load_from)
     else:
-        texts = ["".join(text_encoder.training_text(i, chi)) for i in range(20000)]
-        tokenizer = text_encoder.train_tokenizer(texts, args.vocabulary)
+        texts = (text_encoder.training_text(i, chi) for i in range(20000))
+        tokenizer = text_encoder.train_tokenizer(
+            [text.given + text.follows for text in texts], args.vocabulary
+        )
         model = text_encoder.build_language_model(tokenizer, hidden_size=args.hidden_size, layers=args.layers)
     text_encoder.train_language_model(
         model, tokenizer, chi, steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed

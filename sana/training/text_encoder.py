@@ -1,8 +1,8 @@
 """Train the small text encoder of Sana-tiny: a tokenizer and a Gemma-2 language model of the captions.
 
 The model learns to continue "instruction + caption" with retellings of the caption, as the instruction of the large models
-asks for an enhanced prompt. To foretell them it must gather, in the caption's hidden states, which attribute belongs to
-which object; those states then condition the transformer, and the model stays frozen.
+asks for an enhanced prompt, and to leave what the caption says where one step of attention finds it (`sana.training.questions`).
+The hidden states of the caption then condition the transformer, and the model stays frozen.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -22,8 +22,9 @@ from torch.nn import functional
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from sana.shapes.captions import caption, noun_phrase, says
-from sana.shapes.scene import OPPOSITE, Group, Scene
+from sana.shapes.scene import OPPOSITE, Scene
 from sana.shapes.splits import training_scene
+from sana.training.questions import NOTHING_ASKED, Answers, Reader, answers, share_right
 from sana.utils.logging import get_logger
 from sana.utils.seeding import derive_seed
 
@@ -32,8 +33,25 @@ log = get_logger(__name__)
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # in Gemma's order
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,▁\n"
 
-Row = tuple[list[int], int]
-"""Tokens of a text, and how many of them, from the first, are given: they are not learnt."""
+
+class Text(NamedTuple):
+    """A text to learn from."""
+
+    given: str
+    """The instruction and a caption: not learnt, but asked about. Or nothing."""
+    follows: str
+    answers: Answers
+    """To the questions about the caption."""
+
+
+class Row(NamedTuple):
+    """A text in tokens."""
+
+    tokens: list[int]
+    given: int
+    """How many of them, from the first, are given."""
+    answers: Answers
+
 
 _WINDOW = 16  # batches whose texts are sorted by length together
 _RETELLINGS = 3
@@ -117,8 +135,8 @@ def load(folder: Path) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
     )
 
 
-def training_text(index: int, chi: str) -> tuple[str, str]:
-    """Text number `index` as (what is given, what follows it): mostly instruction + caption, then retellings of it.
+def training_text(index: int, chi: str) -> Text:
+    """Text number `index`: mostly instruction + caption, then retellings of it.
 
     A retelling says no more than the caption, in plain words and in either order ("right of" for "left of"): it can only be
     foretold by looking up what belongs to what. What the caption does not say is left out, for what is chance teaches
@@ -134,8 +152,9 @@ def training_text(index: int, chi: str) -> tuple[str, str]:
     while scene.relation and not says(scene, prompt)[1] and rng.random() > 0.1:
         prompt = caption(scene, rng)
     if rng.random() < 1 / 16:
-        return "", prompt
-    return chi + prompt, "".join(f"\n{_retold(scene, prompt, rng)}" for _ in range(_RETELLINGS))
+        return Text("", prompt, NOTHING_ASKED)
+    retold = "".join(f"\n{_retold(scene, prompt, rng)}" for _ in range(_RETELLINGS))
+    return Text(chi + prompt, retold, answers(scene, prompt))
 
 
 def _retold(scene: Scene, prompt: str, rng: random.Random) -> str:
@@ -148,15 +167,11 @@ def _retold(scene: Scene, prompt: str, rng: random.Random) -> str:
     return (f" {relation} " if related else " and ").join(phrases)
 
 
-def _told(a: Group, relation: str, b: Group) -> str:
-    return f"{noun_phrase(a)} {relation} {noun_phrase(b)}"
-
-
-def row_of(tokenizer: PreTrainedTokenizerFast, given: str, follows: str) -> Row:
-    """The tokens of a text; what follows has tokens of its own, so that the given ones are those of a prompt."""
-    head = tokenizer.encode(given) if given else []
-    tail = tokenizer.encode(follows)
-    return head + tail[bool(head) :], len(head)
+def row_of(tokenizer: PreTrainedTokenizerFast, text: Text) -> Row:
+    """The tokens of a text and the end; what follows has tokens of its own, so that the given ones are those of a prompt."""
+    head = tokenizer.encode(text.given) if text.given else []
+    tail = tokenizer.encode(text.follows)[bool(head) :]
+    return Row([*head, *tail, tokenizer.eos_token_id], len(head), text.answers)
 
 
 def train_language_model(
@@ -170,8 +185,13 @@ def train_language_model(
     seed: int = 0,
     log_every: int = 100,
 ) -> list[float]:
-    """Next-token prediction on all that is not given; linear warm-up, then a cosine to zero. Returns the losses."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+    """Next-token prediction on all that is not given, and the questions; returns the losses of the tokens.
+
+    Linear warm-up, then a cosine to zero. The log says what share of the answers to new captions is right.
+    """
+    reader = Reader(model.config.hidden_size).to(model.device)
+    parameters = [*model.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     warmup = min(100, steps)
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
@@ -185,14 +205,14 @@ def train_language_model(
     began = time.perf_counter()
     model.train()
     for step, rows in enumerate(_similar_batches(tokenizer, chi, seed, steps, batch_size)):
-        tokens, labels = (part.to(model.device) for part in _batch(tokenizer, rows))
+        batch = _batch(tokenizer, rows, chi).to(model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
-            loss = model(
-                input_ids=tokens, attention_mask=(tokens != tokenizer.pad_token_id).long(), labels=labels
-            ).loss
+            hidden = model.model(input_ids=batch.ids, attention_mask=batch.valid).last_hidden_state
+            scores = model.lm_head(hidden)
+        loss = functional.cross_entropy(scores[:, :-1].float().mT, batch.labels[:, 1:])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (loss + reader.loss(hidden.float(), batch.caption, batch.answers)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
@@ -203,8 +223,8 @@ def train_language_model(
                 "step %d / %d  loss %.4f  %.0f texts/s", step + 1, steps, sum(recent) / len(recent), rate
             )
         if (step + 1) % (10 * log_every) == 0 or step + 1 == steps:
-            shares = binding(model, tokenizer, chi)
-            log.info("binding (0.5 is chance): colours %(colours).2f  places %(places).2f", shares)
+            shares = answered(model, reader, tokenizer, chi)
+            log.info("answered: %s", "  ".join(f"{aspect} {share:.2f}" for aspect, share in shares.items()))
     return losses
 
 
@@ -215,68 +235,59 @@ def _similar_batches(
     for window in range(0, steps, _WINDOW):
         number = min(_WINDOW, steps - window)
         first = (seed * steps + window) * batch_size
-        texts = [training_text(first + i, chi) for i in range(number * batch_size)]
-        rows = [
-            (tokens + [tokenizer.eos_token_id], given)
-            for tokens, given in (row_of(tokenizer, *text) for text in texts)
-        ]
-        rows.sort(key=lambda row: len(row[0]))
+        rows = [row_of(tokenizer, training_text(first + i, chi)) for i in range(number * batch_size)]
+        rows.sort(key=lambda row: len(row.tokens))
         order = random.Random(derive_seed("order of batches", seed, window)).sample(range(number), number)
         for i in order:
             yield rows[i * batch_size : (i + 1) * batch_size]
 
 
-def _batch(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """(ids, labels), each (B, L); labels are -100 on padding and on what is given."""
-    padded = itertools.zip_longest(*(row for row, _ in rows), fillvalue=tokenizer.pad_token_id)
+class _Batch(NamedTuple):
+    """Rows as tensors (B, L), and the answers (B, questions, aspects)."""
+
+    ids: Tensor
+    valid: Tensor
+    labels: Tensor
+    caption: Tensor
+    answers: Tensor
+
+    def to(self, device: torch.device) -> _Batch:
+        return _Batch(*(part.to(device) for part in self))
+
+
+def _batch(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], chi: str) -> _Batch:
+    """Labels are -100 on padding and on what is given; `caption` is what the transformer would see of it, as `TextEncoder`."""
+    padded = itertools.zip_longest(*(row.tokens for row in rows), fillvalue=tokenizer.pad_token_id)
     ids = torch.tensor(list(padded)).T.contiguous()
-    labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
-    for label, (_, given) in zip(labels, rows, strict=True):
-        label[:given] = -100
-    return ids, labels
+    valid = ids != tokenizer.pad_token_id
+    place, given = torch.arange(ids.shape[1]), torch.tensor([row.given for row in rows])[:, None]
+    # The last token of the instruction, a space, belongs to the first word of the caption.
+    instruction = len(tokenizer.encode(chi)) - 1
+    return _Batch(
+        ids=ids,
+        valid=valid.long(),
+        labels=ids.masked_fill(~valid | (place < given), -100),
+        caption=(place == 0) | (place >= instruction) & (place < given),
+        answers=torch.tensor([row.answers for row in rows]),
+    )
 
 
 @torch.no_grad()
-def binding(
-    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, chi: str, *, pairs: int = 128
+def answered(
+    model: Gemma2ForCausalLM,
+    reader: Reader,
+    tokenizer: PreTrainedTokenizerFast,
+    chi: str,
+    captions: int = 256,
 ) -> dict[str, float]:
-    """How often the true retelling of a new pair is likelier than one with "colours" or "places" exchanged.
-
-    Each is told in the other order, as "a blue square right of a red circle" of "a red circle left of a blue square". Chance
-    is about 0.5: of a model that knows which words a caption has, but not what they belong to. The transformer can then
-    hardly learn it either.
-    """
-    told, wrong = [], {"colours": [], "places": []}
-    scenes = filter(_is_telling, (training_scene(_SCENES + i) for i in itertools.count()))
-    for scene in itertools.islice(scenes, pairs):
-        (a, b), relation, opposite = scene.groups, scene.relation, OPPOSITE[scene.relation]
-        given = f"{chi}{_told(a, relation, b)}"
-        told.append((given, _told(b, opposite, a)))
-        recoloured = replace(b, colour=a.colour), opposite, replace(a, colour=b.colour)
-        wrong["colours"].append((given, _told(*recoloured)))
-        wrong["places"].append((given, _told(b, relation, a)))
-
-    def likelihoods(texts: list[tuple[str, str]]) -> Tensor:
-        """Log-likelihood of each retelling after its caption, (pairs,)."""
-        rows = [row_of(tokenizer, given, f"\n{follows}") for given, follows in texts]
-        ids, labels = (part.to(model.device) for part in _batch(tokenizer, rows))
-        scores = model(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits.float()
-        losses = functional.cross_entropy(scores[:, :-1].mT, labels[:, 1:], reduction="none")
-        return -losses.sum(1)
-
+    """Share of the right answers to questions about captions that training does not see, for each aspect."""
     was_training = model.training
     model.eval()
-    true = likelihoods(told)
-    shares = {what: (true > likelihoods(texts)).float().mean().item() for what, texts in wrong.items()}
+    texts = (training_text(-1 - i, chi) for i in range(captions))
+    batch = _batch(tokenizer, [row_of(tokenizer, text) for text in texts], chi).to(model.device)
+    hidden = model.model(input_ids=batch.ids, attention_mask=batch.valid).last_hidden_state
     model.train(was_training)
-    return shares
-
-
-def _is_telling(scene: Scene) -> bool:
-    if scene.relation is None:
-        return False
-    a, b = scene.groups
-    return a.shape != b.shape and a.colour != b.colour
+    return share_right(reader(hidden.float(), batch.caption), batch.answers)
 
 
 def save(

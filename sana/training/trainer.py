@@ -295,13 +295,13 @@ class Trainer:
         """The held-out loss, and pictures for the prompts; neither can end the training."""
         self.watchdog.beat()
         if self.held_out_loss is not None:
-            values = self.held_out_loss(self._best())
+            values = self.held_out_loss(self.best())
             tracker.scalars(values, self.step)
             log.info("step %d  held-out loss %.4f", self.step, values["heldout_loss"])
         if self.validation is not None:
             # A sharded network computes in all processes or in none.
             if self.accelerator.is_main_process or self.config.train.use_fsdp:
-                self.validation.draw(self._best(), self.step, tracker)
+                self.validation.draw(self.best(), self.step, tracker)
             self.accelerator.wait_for_everyone()
         self.watchdog.beat()
 
@@ -311,11 +311,11 @@ class Trainer:
             self.save()
             self.watchdog.rest()
             if self.accelerator.is_main_process:
-                self.online_metric.measure(self._best(), self.step, tracker)
+                self.online_metric.measure(self.best(), self.step, tracker)
             self.accelerator.wait_for_everyone()
             self.watchdog.beat()
 
-    def _best(self) -> nn.Module:
+    def best(self) -> nn.Module:
         """The weights that a user would take: the average where there is one."""
         return self.transformer if self.ema is None else self.ema.model
 
@@ -347,9 +347,9 @@ class Trainer:
     def export(self, path: Path) -> None:
         """Write the best weights alone, as float16 safetensors with the architecture in the metadata; or the LoRA."""
         if self.config.train.lora:
-            self._write(lambda: save_lora(self._best(), path))
+            self._write(lambda: save_lora(self.best(), path))
             return
-        state, name = trained_state(self._best()), self.config.model.model
+        state, name = trained_state(self.best()), self.config.model.model
         self._write(lambda: save_transformer(state, path, dtype=torch.float16, name=name))
 
     def _write(self, write: Callable[[], object]) -> bool:
