@@ -67,10 +67,10 @@ class Variant:
 
 VARIANTS: Mapping[str, Variant] = {
     "sana": Variant(),
-    "position_embedding": Variant(("--model.use_pe=true",)),
+    "no_position_embedding": Variant(("--model.use_pe=false",)),
     "no_depthwise": Variant(forwards=((MixFFN, pointwise_ffn),)),
-    "no_depthwise_but_position_embedding": Variant(
-        ("--model.use_pe=true",), forwards=((MixFFN, pointwise_ffn),)
+    "no_depthwise_nor_position_embedding": Variant(
+        ("--model.use_pe=false",), forwards=((MixFFN, pointwise_ffn),)
     ),
     "softmax_attention": Variant(forwards=((LinearSelfAttention, softmax_attention),)),
     "no_chi": Variant(("--text_encoder.chi_prompt=[]",)),
