@@ -322,3 +322,17 @@ def test_only_models_are_replaced(tmp_path):
         with pytest.raises(ValueError, match="is no folder of a model that could be replaced"):
             new_folder(target, overwrite=True).__enter__()
     assert (home / "thesis.txt").read_text() == "years"
+
+
+def test_a_twin_with_position_embedding_computes_the_same():
+    model = build_transformer(
+        "SanaMS_Tiny_P1_D8", use_pe=True, pe_base_size=8, caption_channels=TEXT_WIDTH, model_max_length=7
+    ).eval()
+    twin = build_transformer_twin(model.state_dict(), model.config, image_size=256)
+    latents, text = torch.randn(1, 32, 8, 8), torch.randn(1, 7, TEXT_WIDTH)
+    with torch.no_grad():
+        ours = model(latents, torch.tensor([500.0]), text)
+        theirs = twin(latents, encoder_hidden_states=text, timestep=torch.tensor([500.0]), return_dict=False)[
+            0
+        ]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
