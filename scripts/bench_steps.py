@@ -38,7 +38,7 @@ def run(args: Namespace, overrides: list[str]) -> None:
     from sana.evaluation import shapes_benchmark as benchmark
     from sana.evaluation.goldens import weight_hashes
     from sana.generation import Settings, folder_name
-    from sana.metrics.geneval import load_prompts, summarise
+    from sana.metrics.geneval import load_prompts
     from sana.metrics.report import make_report
     from sana.pipeline import DEFAULT_CONFIG, SAMPLERS, SanaPipeline
     from sana.shapes.benchmark import IMAGES_PER_PROMPT, PROMPTS_FILE
@@ -59,11 +59,10 @@ def run(args: Namespace, overrides: list[str]) -> None:
                 seed=0, num_inference_steps=steps, guidance_scale=args.cfg_scale, sampler=sampler
             )
             folder = args.work_dir / folder_name(pipeline, settings, "shapes")
-            benchmark.draw(pipeline, prompts, folder, settings, batch_size=args.bs)
-            if distributed.is_main():
-                records = benchmark.score(benchmark.find_images(folder, prompts))
-                values[sampler][str(steps)] = summary = summarise(records)
-                print(f"{sampler:16} {steps:3} steps  {summary['overall']:.3f}", flush=True)
+            found = benchmark.draw_and_score(pipeline, prompts, folder, settings, batch_size=args.bs)
+            if found is not None:
+                values[sampler][str(steps)] = found
+                print(f"{sampler:16} {steps:3} steps  {found['overall']:.3f}", flush=True)
     if not distributed.is_main():
         return
     images = len(prompts) * IMAGES_PER_PROMPT

@@ -1,6 +1,6 @@
 """Train the text encoder of Sana-tiny: its tokenizer and a small Gemma-2 on the captions of the shapes.
 
-python train_scripts/train_text_encoder.py --steps 5000 --work_dir output/tiny_text_encoder
+python train_scripts/train_text_encoder.py --steps 4000 --work_dir output/tiny_text_encoder
 """
 
 from argparse import Namespace

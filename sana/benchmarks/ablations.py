@@ -19,13 +19,12 @@ from torch.nn import functional
 from sana.config import load_config
 from sana.evaluation import shapes_benchmark
 from sana.generation import Settings, folder_name
-from sana.metrics.geneval import GenEvalPrompt, summarise
+from sana.metrics.geneval import GenEvalPrompt
 from sana.models.attention import LinearSelfAttention, merge_heads, split_heads
 from sana.models.mix_ffn import MixFFN
 from sana.ops.mix_ffn import depthwise_glu
 from sana.pipeline import SanaPipeline
 from sana.training.trainer import Trainer
-from sana.utils import distributed
 
 
 def softmax_attention(self: LinearSelfAttention, x: Tensor, *, perturbed: bool = False) -> Tensor:
@@ -47,7 +46,7 @@ def pointwise_ffn(self: MixFFN, x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A network that lacks or has something: words of the config, and forward passes to replace."""
+    """A network that lacks something: words of the config, and forward passes to replace."""
 
     overrides: tuple[str, ...] = ()
     forwards: tuple[tuple[type, Callable[..., Tensor]], ...] = ()
@@ -108,7 +107,5 @@ def measure(
         pipeline = SanaPipeline(load_config(config, [*words, f"--model.load_from={weights}"]))
         settings = Settings(seed=0, num_inference_steps=20)
         folder = work_dir / folder_name(pipeline, settings, "shapes")
-        shapes_benchmark.draw(pipeline, prompts, folder, settings, batch_size=batch_size)
-    if distributed.is_main():
-        values |= summarise(shapes_benchmark.score(shapes_benchmark.find_images(folder, prompts)))
-    return values
+        scores = shapes_benchmark.draw_and_score(pipeline, prompts, folder, settings, batch_size=batch_size)
+    return values | (scores or {})

@@ -16,7 +16,7 @@ from sana.evaluation import shapes_benchmark
 from sana.generation import Settings
 from sana.inference import make_outline
 from sana.loading import find_config, find_device, find_dtype
-from sana.metrics.geneval import load_prompts, summarise
+from sana.metrics.geneval import load_prompts
 from sana.pipeline import SanaPipeline
 from sana.runtime import plan
 from sana.shapes.benchmark import PROMPTS_FILE
@@ -76,9 +76,8 @@ def score(pipeline: SanaPipeline, limit: int) -> float:
     """The shapes benchmark's score on `limit` prompts of each tag."""
     prompts = shapes_benchmark.subset(load_prompts(hub.resolve(PROMPTS_FILE)), limit)
     with tempfile.TemporaryDirectory() as folder:
-        shapes_benchmark.draw(pipeline, prompts, Path(folder), Settings(), batch_size=4)
-        records = shapes_benchmark.score(shapes_benchmark.find_images(folder, prompts))
-    return round(summarise(records)["overall"], 3)
+        found = shapes_benchmark.draw_and_score(pipeline, prompts, folder, Settings(), batch_size=4)
+    return round(found["overall"], 3)
 
 
 def compare(folder: Path, row: dict[str, Any]) -> dict[str, Any]:

@@ -265,7 +265,7 @@ class TrainConfig:
         default_factory=lambda: {"type": "AdamW", "lr": 1e-4, "weight_decay": 0.03, "eps": 1e-10},
         metadata={"entries": OPTIMIZER_ENTRIES},
     )
-    """`type` (AdamW, Adam, SGD, AdamW8bit, CAMEWrapper, CAME8BitWrapper), `lr`, and that optimizer's own arguments. CAME takes three
+    """`type` (AdamW, Adam, SGD, AdamW8bit, CAMEWrapper, CAME8BitWrapper, Muon), `lr`, and that optimizer's own arguments. CAME takes three
     betas and two eps, Adam-like ones two and one. A file that sets it replaces it as a whole; an override such as
     `--train.optimizer.lr=1e-5` changes one entry. Weight decay acts on every parameter."""
     auto_lr: Optional[dict[str, str]] = field(

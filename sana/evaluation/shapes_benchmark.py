@@ -17,6 +17,7 @@ from sana.metrics.geneval import GenEvalPrompt, find_samples, summarise
 from sana.metrics.geneval_folder import Record, read_pixels, shapes_eyes
 from sana.metrics.report import Report, make_report
 from sana.shapes.benchmark import IMAGES_PER_PROMPT
+from sana.utils import distributed
 from sana.utils.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -104,6 +105,19 @@ def score(samples: Iterable[tuple[Path, GenEvalPrompt]]) -> list[Record]:
     """The record of every image (`geneval.score_image`); ValueError for a file that is no image."""
     eyes = shapes_eyes()
     return [eyes.look(prompt, read_pixels(path), str(path)) for path, prompt in samples]
+
+
+def draw_and_score(
+    pipeline: SanaPipeline,
+    prompts: Mapping[int, GenEvalPrompt],
+    folder: str | Path,
+    settings: Settings,
+    *,
+    batch_size: int,
+) -> dict[str, Any] | None:
+    """`draw`, then `summarise` of the records: in the main process; None in the others."""
+    draw(pipeline, prompts, folder, settings, batch_size=batch_size)
+    return summarise(score(find_images(folder, prompts))) if distributed.is_main() else None
 
 
 def report(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import init_empty_weights
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -21,7 +21,6 @@ from diffusers import (
     SanaTransformer2DModel,
     SCMScheduler,
 )
-from diffusers.models.embeddings import PatchEmbed
 from safetensors.torch import save_file
 
 from sana.models.autoencoder import Autoencoder
@@ -139,18 +138,9 @@ def build_transformer_twin(
         ValueError: as `transformer_arguments` and `to_diffusers`.
         RuntimeError: names or shapes differ from what the config says.
     """
-    arguments = transformer_arguments(config, image_size, factor)
-    with torch.device("meta"):
-        twin = SanaTransformer2DModel(**arguments)
-    if config.use_pe:  # its table is in no state dict, and has to be computed
-        twin.patch_embed = PatchEmbed(
-            height=arguments["sample_size"],
-            width=arguments["sample_size"],
-            patch_size=config.patch_size,
-            in_channels=config.in_channels,
-            embed_dim=config.hidden_size,
-            interpolation_scale=config.pe_interpolation,
-        )
+    # Buffers are real: the position table is in no state dict.
+    with init_empty_weights(include_buffers=False):
+        twin = SanaTransformer2DModel(**transformer_arguments(config, image_size, factor))
     twin.load_state_dict(to_diffusers(state), assign=True)
     return twin.eval()
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sana.config import ConfigError, TrainConfig
 from sana.training.came import CAME, CAME8Bit
+from sana.training.muon import Muon, count_matrices
 from sana.training.parallel import gathered
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -21,13 +22,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
     "CAMEWrapper": CAME,
     "CAME8BitWrapper": CAME8Bit,
+    "Muon": Muon,
 }
-"""Under the published configs' names; `AdamW8bit` is of the library bitsandbytes."""
+"""Under the published configs' names, which have no Muon; `AdamW8bit` is of the library bitsandbytes."""
 
 SHARDABLE = ("AdamW", "Adam", "SGD")
 """Those whose arithmetic is by single values, so that a shard of a parameter is stepped as the whole would be."""
 
-_MATRIX = {"exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col"}
+_MATRIX = {"exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "orthogonal_momentum"}
 STATE_FIELDS: dict[str, tuple[str | None, set[str]]] = {
     "AdamW": ("exp_avg_sq", _MATRIX),
     "Adam": ("exp_avg_sq", _MATRIX),
@@ -35,6 +37,7 @@ STATE_FIELDS: dict[str, tuple[str | None, set[str]]] = {
     "CAMEWrapper": ("exp_avg_sq_row", {"exp_avg_low"}),
     "CAME8BitWrapper": ("exp_avg_sq_row", set()),
     "AdamW8bit": ("state1", set()),
+    "Muon": ("orthogonal_momentum", set()),
 }
 """(a field that its state has, fields that it never has): what tells an optimizer's state from another's."""
 
@@ -57,7 +60,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig, batch_size: int) -> to
             f"train.optimizer.type: {name} cannot be sharded; with use_fsdp: {', '.join(SHARDABLE)}"
         )
     try:
-        return optimizer(_groups(model, train, settings), **settings)
+        return optimizer(_groups(model, train, settings, matrices=name == "Muon"), **settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"train.optimizer: {name}: {error}") from error
 
@@ -71,16 +74,25 @@ def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
         ) from error
 
 
-def _groups(model: nn.Module, train: TrainConfig, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parameters, in groups of one weight decay each; biases, norms and tables are those that decay may spare."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if train.weight_decay_on == "all" or not settings.get("weight_decay"):
-        return [{"params": parameters}]
-    tables = {id(value) for name, value in model.named_parameters() if name.endswith("scale_shift_table")}
-    spared = [value for value in parameters if value.ndim < 2 or id(value) in tables]
-    kept = {id(value) for value in spared}
-    matrices = [value for value in parameters if id(value) not in kept]
-    return [{"params": matrices}, {"params": spared, "weight_decay": 0.0}]
+def _groups(
+    model: nn.Module, train: TrainConfig, settings: dict[str, Any], *, matrices: bool
+) -> list[dict[str, Any]]:
+    """Parameters, in groups of one weight decay each and, if `matrices`, one number of matrices (see `sana.training.muon`).
+
+    Biases, norms and tables are those that decay may spare.
+    """
+    groups: dict[tuple[bool, int], list[Tensor]] = {}
+    spare = train.weight_decay_on != "all" and settings.get("weight_decay")
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            spared = bool(spare) and (value.ndim < 2 or name.endswith("scale_shift_table"))
+            groups.setdefault((spared, count_matrices(name, value) if matrices else 0), []).append(value)
+    return [
+        {"params": values}
+        | ({"weight_decay": 0.0} if spared else {})
+        | ({"matrices": count} if matrices else {})
+        for (spared, count), values in sorted(groups.items(), key=lambda entry: entry[0])
+    ]
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

@@ -153,16 +153,16 @@ def training_text(index: int, chi: str) -> Text:
         prompt = caption(scene, rng)
     if rng.random() < 1 / 16:
         return Text("", prompt, NOTHING_ASKED)
-    retold = "".join(f"\n{_retold(scene, prompt, rng)}" for _ in range(_RETELLINGS))
+    colours, related = says(scene, prompt)
+    retold = "".join(f"\n{_retold(scene, rng, colours, related)}" for _ in range(_RETELLINGS))
     return Text(chi + prompt, retold, answers(scene, prompt))
 
 
-def _retold(scene: Scene, prompt: str, rng: random.Random) -> str:
+def _retold(scene: Scene, rng: random.Random, colours: bool, related: bool) -> str:
     groups, relation = list(scene.groups), scene.relation
     if rng.random() < 0.5:
         groups.reverse()
         relation = relation and OPPOSITE[relation]
-    colours, related = says(scene, prompt)
     phrases = [noun_phrase(group, colour=colours) for group in groups]
     return (f" {relation} " if related else " and ").join(phrases)
 

@@ -115,14 +115,16 @@ def test_8_bits_follow_the_32():
     assert optimizer.state[small]["exp_avg"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD", "CAMEWrapper", "CAME8BitWrapper"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "CAMEWrapper", "CAME8BitWrapper", "Muon"])
 def test_state_comes_back_by_name(kind):
     settings = {"type": kind, "lr": 1e-2} | ({"momentum": 0.9} if kind == "SGD" else {})
     settings |= {"min_8bit_size": 100} if kind == "CAME8BitWrapper" else {}
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(20, 30), nn.Conv2d(30, 8, 1), nn.Linear(8, 4))
+        return nn.ModuleDict(
+            {"blocks": nn.Sequential(nn.Linear(20, 30), nn.Conv2d(30, 8, 1), nn.Linear(8, 4))}
+        )
 
     one, two = model(), model()
     first, second = (build_optimizer(net, train(optimizer=settings), 1) for net in (one, two))
@@ -163,10 +165,14 @@ def test_a_small_model_s_8_bit_state_comes_back():
         ("SGD", "AdamW", {"momentum": 0.9}),
         ("CAMEWrapper", "AdamW", {}),
         ("CAME8BitWrapper", "CAMEWrapper", {"min_8bit_size": 1}),
+        ("Muon", "AdamW", {}),
+        ("Muon", "SGD", {}),
+        ("AdamW", "Muon", {}),
+        ("SGD", "Muon", {"momentum": 0.9}),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused(before, now, settings):
-    model = nn.Linear(4, 3)
+    model = nn.ModuleDict({"blocks": nn.Linear(4, 3)})
     with pytest.raises(ValueError, match=f"the checkpoint's optimizer is no {now}: .*resume_optimizer=false"):
         come_back(saved(before, model, **settings), now, model)
 

@@ -104,7 +104,7 @@ def small(model: Path, work_dir: Path, *words: str, processes: int = 1) -> Plan:
     return plan(micro.config(model, work_dir, f"--model.model={SHALLOW}", *words), processes)
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD", "CAMEWrapper", "CAME8BitWrapper"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "CAMEWrapper", "CAME8BitWrapper", "Muon"])
 def test_the_state_is_that_of_a_real_optimizer(model, tmp_path, kind):
     lists = "betas: [0.9, 0.999, 0.9999], eps: [1e-30, 1e-16], " if kind.startswith("CAME") else ""
     momentum = "momentum: 0.9, " if kind == "SGD" else ""
