@@ -104,7 +104,7 @@ def _join(scene: Scene, phrases: list[str], rng: random.Random, varied: bool) ->
     if rng.random() < 0.5:  # the order of naming carries no meaning
         phrases = phrases[::-1]
         relation = OPPOSITE[relation] if relation else None
-    if relation and rng.random() < 0.8:
+    if relation and rng.random() < 0.5:
         words = rng.choice(_RELATIONS[relation]) if varied else relation
         return f"{phrases[0]} {words} {phrases[1]}"
     return (rng.choice(_JOINTS) if varied else _JOINTS[0]).format(*phrases)
