@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def is_matrix(value: Tensor) -> bool:
+    """Whether it is the weight of a linear layer, or of a 1x1 convolution, which is one."""
+    return value.ndim == 2 or (value.ndim == 4 and value.shape[2:] == (1, 1))
+
+
 class CAME(torch.optim.Optimizer):
     """Adam-like steps whose second moments are kept as one row and one column for each matrix.
 
@@ -47,7 +52,7 @@ class CAME(torch.optim.Optimizer):
 
     def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad.float(), self.state[parameter]
-        factored = gradient.ndim == 2 or (gradient.ndim == 4 and gradient.shape[2:] == (1, 1))
+        factored = is_matrix(gradient)
         gradient = gradient.flatten(1) if factored else gradient
         if not state:
             self._start(state, gradient, factored)

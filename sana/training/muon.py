@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from sana.training.came import is_matrix
+
 _FUSED = {"attn.qkv.weight": 3, "kv_linear.weight": 2}
 """Weights that are several matrices, one above the other, by how their names end."""
 
@@ -21,8 +23,7 @@ def count_matrices(name: str, parameter: Tensor) -> int:
     Embeddings, the output layer, modulation tables and depthwise kernels are no maps from one hidden vector to another.
     """
     hidden = "blocks." in name and name.endswith(".weight")
-    matrix = parameter.ndim == 2 or (parameter.ndim == 4 and parameter.shape[2:] == (1, 1))
-    if not (hidden and matrix):
+    if not (hidden and is_matrix(parameter)):
         return 0
     return next((count for end, count in _FUSED.items() if name.endswith(end)), 1)
 

@@ -91,7 +91,7 @@ def _groups(
         {"params": values}
         | ({"weight_decay": 0.0} if spared else {})
         | ({"matrices": count} if matrices else {})
-        for (spared, count), values in sorted(groups.items(), key=lambda entry: entry[0])
+        for (spared, count), values in sorted(groups.items())
     ]
 
 
